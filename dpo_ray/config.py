@@ -1,0 +1,485 @@
+"""What a run is: frozen, validated values. No torch, no Ray, no I/O but the recipe file.
+
+A recipe is YAML plus dotted overrides. The command line and every Tune trial pass through the same `load_run`, so
+a sweep cannot reach a run that a person could not. The docstring under a field is its line in the recipe reference.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from dpo_ray.errors import InputError
+
+Format = Literal[
+    "auto",
+    "explicit",
+    "implicit",
+    "hh_rlhf",
+    "sharegpt",
+    "ranked",
+    "labelled",
+    "comparisons",
+    "stack_exchange",
+    "message_tree",
+    "question_answers",
+    "graded",
+]
+
+
+class Config(BaseModel):
+    """Base of every section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class StorageConfig(Config):
+    path: str = "runs"
+    """Folder of all runs: a local path or any pyarrow filesystem URI (`s3://...`, `gs://...`). Must be visible to
+    every node. The run folder is `path/name`."""
+
+
+class LoraConfig(Config):
+    rank: int = Field(default=16, ge=1)
+    """Rank of the adapter matrices."""
+
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of the linear layers to adapt, or `all-linear` (every one but the output layer)."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input. With dropout the loss of the first step is not exactly ln 2."""
+
+
+class ModelConfig(Config):
+    path: str
+    """Hub id or folder of a Hugging Face causal language model (safetensors)."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the exported weights. The type of the computation is `engine.precision`."""
+
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights; `{}` takes the defaults."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you have read."""
+
+
+class ReferenceConfig(Config):
+    path: str | None = None
+    """Hub id or folder of the reference model; null: the model before training."""
+
+    revision: str | None = None
+    """Branch, tag or commit of `path` on the hub."""
+
+    store: str | None = None
+    """Folder of the reference log-prob store, shared by all runs; null: `storage.path/.reference`."""
+
+
+class PromptFrom(Config):
+    """Take the prompt of each row from another file, joined by a key."""
+
+    path: str
+    """File of the prompts."""
+
+    on: str
+    """Column that both files have."""
+
+    column: str
+    """Column of the prompt text in that file."""
+
+
+class SourceConfig(Config):
+    path: str
+    """Hub data set name, file, glob, folder, or pyarrow filesystem URI; JSONL, JSON, Parquet, CSV, Arrow, also .gz."""
+
+    format: Format = "auto"
+    """How a row holds its pair; `auto` recognises it from the row."""
+
+    split: str | None = None
+    """Split of a hub data set; null: `train`."""
+
+    name: str | None = None
+    """Configuration name of a hub data set."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+
+    columns: dict[str, str] = {}
+    """Other names for the fields: ours -> the file's, such as `{prompt: question}`."""
+
+    prompt_from: PromptFrom | None = None
+    """Prompts that stand in another file: `{path, on, column}`."""
+
+    group_by: str | None = None
+    """Column whose equal values stay on one side of the held-out split (a document, a debate). Null: the first user turn."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """Share of this source in the mixture, relative to the others' weights. Null (for all): every pair is taken."""
+
+    num_pairs: int | None = Field(default=None, ge=1)
+    """At most this many pairs of this source, by content."""
+
+    min_margin: float = Field(default=0.0, ge=0)
+    """Scored pairs: the chosen response's score must be at least this much higher; smaller gaps count as ties."""
+
+    pairing: Literal["best_vs_worst", "best_vs_rest", "all"] = "best_vs_worst"
+    """Which pairs a ranked list gives."""
+
+
+class HeldOutConfig(Config):
+    num_pairs: int = Field(default=512, ge=0)
+    """Pairs held out by content, whole prompts at a time, and at most a fifth of all pairs. 0: no evaluation."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    """Held-out pairs from their own sources instead; training pairs with one of their prompts are dropped."""
+
+
+class DataConfig(Config):
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where the pairs come from; several are mixed."""
+
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of the training pairs, nested by content: the 25 % subset is contained in the 50 % subset."""
+
+    num_pairs: int | None = Field(default=None, ge=1)
+    """At most this many training pairs, nested by content."""
+
+    subset_seed: int = 0
+    """Which nested family of subsets; repeat a data-size curve with several."""
+
+    eval: HeldOutConfig = HeldOutConfig()
+    """The held-out pairs."""
+
+    max_tokens: int = Field(default=1024, ge=2)
+    """Most tokens of a prompt plus its longer response."""
+
+    over_long: Literal["drop", "truncate_prompt_left", "truncate_response"] = "drop"
+    """What happens to a longer pair."""
+
+    on_bad_row: Literal["stop", "drop"] = "stop"
+    """A row that holds no pair: stop and name it, or count and drop it."""
+
+    chat: Literal["auto", "always", "never"] = "auto"
+    """`auto`: conversations go through the tokenizer's chat template, strings are plain text. `always`: a string
+    prompt becomes a user turn. `never`: plain text, also for HH-RLHF transcripts."""
+
+    @field_validator("sources")
+    @classmethod
+    def _weights_for_all_or_none(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        given = [source.weight is not None for source in sources]
+        if any(given) and not all(given):
+            raise ValueError("give `weight` to every source or to none")
+        return sources
+
+
+class DpoConfig(Config):
+    kind: Literal["dpo"] = "dpo"
+    """Direct Preference Optimization, eq. 7 of arXiv:2305.18290."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the implicit KL penalty to the reference; larger stays closer to it."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of flipped labels (conservative DPO); 0 is plain DPO."""
+
+
+class SftConfig(Config):
+    kind: Literal["sft"] = "sft"
+    """Negative log-likelihood of the chosen response, per token; needs no reference."""
+
+
+LossConfig = Annotated[DpoConfig | SftConfig, Field(discriminator="kind")]
+
+
+class BatchConfig(Config):
+    pairs_per_step: int = Field(default=64, ge=1)
+    """Preference pairs behind one optimizer step, over all workers. A pair is two responses."""
+
+    tokens_per_device: int = Field(default=8192, ge=2)
+    """Most tokens in one forward-backward on one device, padding included. Changes speed and memory, not results."""
+
+    row_tokens: int = Field(default=512, ge=2)
+    """Pairs are packed into rows of about this many tokens (longer where one pair is). Changes speed, not results."""
+
+    layout: Literal["branches", "padded"] = "branches"
+    """`branches`: prompt once, both responses behind it, pairs packed. `padded`: every response in its own row."""
+
+
+class OptimConfig(Config):
+    learning_rate: float = Field(default=5.0e-7, gt=0)
+    """Peak learning rate of AdamW. Full fine-tuning of 7-8B models: 5e-7; LoRA: 5e-6 to 5e-5."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after the warm-up, to zero at the last step, as in Hugging Face's schedulers."""
+
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Part of all steps in which the rate rises linearly from zero."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled decay, on matrices only (not on norms and biases)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and the second moment."""
+
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients of a larger norm are scaled down to it; 0: never."""
+
+
+class TrainConfig(Config):
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training pairs; the last may be a part of one."""
+
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, instead of `epochs`."""
+
+    seed: int = 0
+    """Order of the pairs, adapter initialisation and dropout."""
+
+    log_every_steps: int = Field(default=10, ge=1)
+    """A line of training metrics every so many steps (and at step 1)."""
+
+
+class EngineConfig(Config):
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Type of the computation. fp32 on a CPU: bf16 is several times slower there."""
+
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in CPU memory (ZeRO 1 to 3)."""
+
+    activation_checkpointing: bool = False
+    """Keep only layer inputs and compute the rest again in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "EngineConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self
+
+
+class EvalConfig(Config):
+    every_steps: int = Field(default=50, ge=1)
+    """Evaluate on the held-out pairs every so many steps, and at the end."""
+
+
+class EarlyStoppingConfig(Config):
+    metric: str = "rewards/accuracies"
+    """Held-out metric that decides, also which checkpoint becomes `model/`."""
+
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without improvement before the run stops."""
+
+    min_improvement: float = Field(default=0.0, ge=0)
+    """Smallest change that counts, in the metric's unit."""
+
+    min_improvement_se: float = Field(default=0.0, ge=0)
+    """Smallest change that counts, in standard errors of the metric; the larger of the two holds. 0.5 is sensible."""
+
+    smoothing: int = Field(default=1, ge=1)
+    """The rule sees the median of this many last evaluations; 3 calms a noisy accuracy."""
+
+    min_steps: int = Field(default=0, ge=0)
+    """No stop before this step; evaluations count from the start."""
+
+    max_kl: float | None = Field(default=None, gt=0)
+    """Stop when the held-out `kl` (nats per token) goes above this budget, whatever the metric says."""
+
+
+class CheckpointConfig(Config):
+    every_steps: int = Field(default=50, ge=1)
+    """Save every so many steps, at every new best evaluation, and at the end."""
+
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept: the best by the early-stopping metric; the last is always kept besides."""
+
+
+class ClusterConfig(Config):
+    num_workers: int = Field(default=1, ge=1)
+    """Ray Train workers: one per GPU, or per group of CPU cores."""
+
+    gpus_per_worker: Literal["auto"] | float = "auto"
+    """`auto`: 1 where the cluster has GPUs, else 0."""
+
+    cpus_per_worker: float = Field(default=1, gt=0)
+    """CPU cores, and torch threads, of a worker."""
+
+
+class TrackingConfig(Config):
+    kind: Literal["mlflow", "none"] = "mlflow"
+    """`none` keeps only the run folder."""
+
+    uri: str | None = None
+    """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in `storage.path`."""
+
+    experiment: str = "dpo-ray"
+    """MLflow experiment."""
+
+    register_as: str | None = None
+    """Register the exported model under this name."""
+
+
+class RunConfig(Config):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
+    """The run folder's name: letters, digits and `._=-`."""
+
+    storage: StorageConfig = StorageConfig()
+    model: ModelConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    data: DataConfig
+    loss: LossConfig = DpoConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+    early_stopping: EarlyStoppingConfig | None = EarlyStoppingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_depend_on_the_loss(cls, tree: Any) -> Any:
+        """A loss without rewards is judged by the loss itself, unless the recipe says otherwise."""
+        if isinstance(tree, Mapping) and isinstance(loss := tree.get("loss"), Mapping):
+            if loss.get("kind") == "sft" and "early_stopping" not in tree:
+                return {**tree, "early_stopping": {"metric": "loss"}}
+            if "kind" not in loss:
+                return {**tree, "loss": {"kind": "dpo", **loss}}
+        return tree
+
+    @property
+    def folder(self) -> str:
+        """The run folder: `storage.path/name`."""
+        return f"{self.storage.path.rstrip('/')}/{self.name}"
+
+    @property
+    def best_metric(self) -> str:
+        """The held-out metric that picks the best checkpoint."""
+        if self.early_stopping is not None:
+            return self.early_stopping.metric
+        return "loss" if self.loss.kind == "sft" else "rewards/accuracies"
+
+
+def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a recipe and lay `{"loss.beta": 0.3}`-style overrides over it.
+
+    Relative local paths stay as written; `resolve_paths` makes them absolute for the cluster.
+
+    Raises:
+        InputError: The file is missing or not YAML, or a key or value is wrong; names the key.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"no recipe at {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise InputError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path} is not a recipe: expected a mapping of sections, found {type(tree).__name__}")
+    return parse_run(tree, overrides)
+
+
+def parse_run(tree: dict[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Validate a recipe's tree with overrides laid over it; errors as in `load_run`."""
+    for key, value in (overrides or {}).items():
+        tree = _with_override(tree, key, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Parse `loss.beta=0.3`; the value is YAML, so numbers, lists, `null` and `{a: 1}` mean what they do in a recipe."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise InputError(f"expected key=value, such as loss.beta=0.3, got {text!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+    if isinstance(parsed, str):  # YAML 1.1 reads 5e-7 as a string; a recipe's field would take it, a sweep should too
+        try:
+            return key, float(parsed)
+        except ValueError:
+            return key, parsed
+    return key, parsed
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of a recipe."""
+    return TypeAdapter(RunConfig).json_schema()
+
+
+def _with_override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of `tree` with one dotted key set; digits address list items (`data.sources.0.path`)."""
+
+    def put(node: Any, parts: list[str]) -> Any:
+        if not parts:
+            return value
+        part, rest = parts[0], parts[1:]
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(f"{key}: the list there has {len(node)} items; address one by its number from 0")
+            return [put(item, rest) if i == int(part) else item for i, item in enumerate(node)]
+        if node is not None and not isinstance(node, dict):
+            raise InputError(f"{key}: `{part}` lies below a single value")
+        return {**(node or {}), part: put((node or {}).get(part), rest)}
+
+    result: dict[str, Any] = put(tree, key.split("."))
+    return result
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first problem: the dotted key, what is wrong, and the nearest known key."""
+    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    location = [str(part) for part in problem["loc"] if part not in ("dpo", "sft")]
+    key = ".".join(location)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = sorted(recipe_keys())
+        pattern = ".".join("*" if part.isdigit() else part for part in location)
+        if pattern in known:
+            return f"`{key}` is not an option of {location[0]}.kind: {problem['loc'][1]}{more}"
+        nearest = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
+        last = [k for k in known if k.rpartition(".")[2] == location[-1]]
+        hint = nearest or last
+        return f"unknown key `{key}`" + (f"; did you mean `{hint[0]}`?" if hint else "") + more
+    if problem["type"] == "missing":
+        return f"`{key}` is required{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], dict | list) else f", got {problem['input']!r}"
+    return f"`{key}`: {message}{given}{more}" if key else f"{message}{more}"
+
+
+def recipe_keys() -> Iterator[str]:
+    """Every dotted key of a recipe; `*` stands for an item's number."""
+    yield from _keys(RunConfig, "")
+
+
+def _keys(annotation: Any, prefix: str) -> Iterator[str]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            key = f"{prefix}{name}"
+            yield key
+            yield from _keys(field.annotation, f"{key}.")
+        return
+    inner = get_args(annotation)
+    star = "*." if getattr(annotation, "__origin__", None) is tuple else ""
+    for part in inner:
+        yield from _keys(part, prefix + star)

@@ -1,0 +1,1 @@
+"""Raw rows -> tokenised pairs: sources -> formats -> mixture -> encode -> batching."""

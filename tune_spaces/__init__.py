@@ -1,0 +1,1 @@
+"""Search spaces for `dpo-ray sweep`: declarations only."""
