@@ -120,7 +120,7 @@ class SourceConfig(Config):
     """Prompts that stand in another file: `{path, on, column}`."""
 
     group_by: str | None = None
-    """Column whose equal values stay on one side of the held-out split (a document, a debate). Null: the first user turn."""
+    """Column whose equal values stay on one side of the held-out split (a document, a debate); null: first user turn."""
 
     weight: float | None = Field(default=None, gt=0)
     """Share of this source in the mixture, relative to the others' weights. Null (for all): every pair is taken."""
@@ -405,7 +405,7 @@ def parse_run(tree: dict[str, Any], overrides: Mapping[str, Any] | None = None) 
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Parse `loss.beta=0.3`; the value is YAML, so numbers, lists, `null` and `{a: 1}` mean what they do in a recipe."""
+    """Parse `loss.beta=0.3`; the value is YAML: numbers, lists, `null` and `{a: 1}` mean what they do in a recipe."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise InputError(f"expected key=value, such as loss.beta=0.3, got {text!r}")

@@ -38,7 +38,7 @@ class PreferencePair:
     """Tool descriptions for the chat template."""
 
     is_transcript: bool = False
-    """The turns came from a plain-text transcript (`\\n\\nHuman: ... \\n\\nAssistant: ...`) and can be written back as one."""
+    """The turns came from a plain-text transcript (`\\n\\nHuman: ...`) and can be written back as one."""
 
     chosen_score: float | None = None
     rejected_score: float | None = None
@@ -117,7 +117,8 @@ class TokenizedPair(NamedTuple):
 class PairBatch(NamedTuple):
     """One micro-batch. R rows, T tokens a row, B prompts, S responses, N response tokens.
 
-    The same for training, reference pass and scoring. In training S = 2 B: response 2 i is pair i's chosen one, 2 i + 1 its rejected one.
+    The same for training, reference pass and scoring. In training S = 2 B: response 2 i is the chosen one of pair i,
+    2 i + 1 its rejected one.
     """
 
     input_ids: Tensor  # [R, T] int64; padding is 0
@@ -137,10 +138,6 @@ class PairBatch(NamedTuple):
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        return self._replace(
-            **{
-                name: value.to(device, non_blocking=True)
-                for name, value in self._asdict().items()
-                if isinstance(value, Tensor)
-            }
-        )
+        """The same batch on a device."""
+        moved = (value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self)
+        return PairBatch(*moved)

@@ -1,4 +1,4 @@
-"""Files on local disk or any pyarrow filesystem: where a path leads, and writing so that no half file is taken for whole.
+"""Files on local disk or any pyarrow filesystem: where a path leads, and writes that are whole or not there.
 
 Every path that a recipe names goes through `Folder`. Local paths and URIs (`s3://`, `gs://`, `hdfs://`) behave alike.
 """
@@ -63,7 +63,7 @@ class Folder:
         return bool(filesystem.get_file_info(inner).type != fs.FileType.NotFound)
 
     def names(self, recursive: bool = False) -> list[str]:
-        """Files below this folder, relative and sorted; none if it does not exist. Unfinished writes are not among them."""
+        """Files below this folder, relative and sorted, without unfinished writes; none if it does not exist."""
         filesystem, inner = self._at()
         found = filesystem.get_file_info(fs.FileSelector(inner, recursive=recursive, allow_not_found=True))
         files = (PurePosixPath(f.path) for f in found if f.type == fs.FileType.File)
