@@ -120,7 +120,7 @@ class SourceConfig(Config):
     """Prompts that stand in another file: `{path, on, column}`."""
 
     group_by: str | None = None
-    """Column whose equal values stay on one side of the held-out split (a document, a debate); null: first user turn."""
+    """Column whose equal values stay on one side of the held-out split (a document, a debate); null: first turn."""
 
     weight: float | None = Field(default=None, gt=0)
     """Share of this source in the mixture, relative to the others' weights. Null (for all): every pair is taken."""

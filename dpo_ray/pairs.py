@@ -139,5 +139,12 @@ class PairBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same batch on a device."""
-        moved = (value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for value in self)
-        return PairBatch(*moved)
+        return self._replace(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            segment_ids=self.segment_ids.to(device),
+            branch_ids=self.branch_ids.to(device),
+            predict_index=self.predict_index.to(device),
+            target_ids=self.target_ids.to(device),
+            response_index=self.response_index.to(device),
+        )

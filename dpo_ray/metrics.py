@@ -1,0 +1,119 @@
+"""Metrics: their names and directions, exact sums and counts, intervals. Torch and the standard library only.
+
+Every mean is a sum over pairs (or tokens) divided by their number, both reduced over ranks: never a mean of batch means.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_ray.losses import PairLogps, PreferenceLoss
+
+
+class Metric(NamedTuple):
+    """What a metric's number means."""
+
+    direction: Literal["max", "min"]
+    """Which way is better, for early stopping and the best checkpoint."""
+    per: Literal["pair", "token"]
+    """What it is a mean over."""
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("min", "pair", "nats", "the training loss"),
+    "rewards/chosen": Metric("max", "pair", "nats", "beta * (log pi - log pi_ref) of the chosen response"),
+    "rewards/rejected": Metric("min", "pair", "nats", "the same of the rejected response"),
+    "rewards/margins": Metric("max", "pair", "nats", "chosen less rejected reward"),
+    "rewards/accuracies": Metric("max", "pair", "share", "pairs whose chosen reward is the higher; a tie counts half"),
+    "logps/chosen": Metric("max", "pair", "nats", "summed log-prob of the chosen response"),
+    "logps/rejected": Metric("min", "pair", "nats", "summed log-prob of the rejected response"),
+    "entropy": Metric("max", "token", "nats", "entropy of the next-token distribution at response tokens"),
+    "kl": Metric("min", "token", "nats", "log pi_ref - log pi on the data's responses: how far the policy left them"),
+}
+"""The metrics of a training or held-out line, by TRL's names; `eval/` is put before them when held out."""
+
+
+def pair_sums(
+    policy: PairLogps, reference: PairLogps | None, loss: PreferenceLoss, weights: Tensor
+) -> dict[str, Tensor]:
+    """Sums over the pairs of a micro-batch, each a float64 scalar on its device.
+
+    `kl` estimates KL(pi_ref || pi) per token, taking the data's responses for samples of the reference; it rises when
+    the policy withdraws probability from them and may fall below zero when it fits them better.
+
+    Args:
+        weights: [B], 1 for a pair that counts, 0 for one that only fills a rank's quota of forward passes.
+    """
+    per_pair = {
+        "num_pairs": weights,
+        "num_tokens": policy.chosen_tokens + policy.rejected_tokens,
+        "loss": loss.loss,
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+    if loss.chosen_rewards is not None and loss.rejected_rewards is not None:
+        margins = loss.chosen_rewards - loss.rejected_rewards
+        per_pair |= {
+            "rewards/chosen": loss.chosen_rewards,
+            "rewards/rejected": loss.rejected_rewards,
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins.sign() + 1) / 2,
+        }
+    if reference is not None:
+        per_pair["kl"] = reference.chosen + reference.rejected - policy.chosen - policy.rejected
+    return {name: (value.detach().double() * weights).sum() for name, value in per_pair.items()}
+
+
+class MetricSums:
+    """Sums over pairs on the device; one reduction and one host sync when they are read, never per micro-batch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def reduced(self) -> dict[str, float]:
+        """The sums over all ranks. Every rank must call it, and must have added the same names."""
+        names = sorted(self._sums)
+        totals = torch.stack([self._sums[name] for name in names])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(totals)
+        return dict(zip(names, totals.tolist(), strict=True))
+
+
+def means(sums: dict[str, float]) -> dict[str, float]:
+    """Exact means from sums: over pairs, or over response tokens where the registry says so; `num_pairs` is kept."""
+    count = {"pair": sums["num_pairs"], "token": sums["num_tokens"]}
+    result = {name: sums[name] / count[metric.per] for name, metric in METRICS.items() if name in sums}
+    return result | {"num_pairs": int(sums["num_pairs"])}
+
+
+def held_out(sums: dict[str, float]) -> dict[str, float]:
+    """Means with the `eval/` prefix, and the 95 % Wilson interval of the accuracies."""
+    result = means(sums)
+    if "rewards/accuracies" in result:
+        low, high = wilson_interval(result["rewards/accuracies"], int(result["num_pairs"]))
+        result |= {"rewards/accuracies_low": low, "rewards/accuracies_high": high}
+    return {f"eval/{name}": value for name, value in result.items()}
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Score interval of a binomial share (Wilson 1927); z = 1.96 is 95 %. (0, 1) when nothing was counted."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def standard_error(name: str, value: float, count: int) -> float:
+    """Binomial standard error of a share; 0 for metrics whose spread is not known from their mean."""
+    if METRICS[name].unit != "share" or count == 0:
+        return 0.0
+    return math.sqrt(max(value * (1 - value), 0.0) / count)
