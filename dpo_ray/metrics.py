@@ -1,6 +1,6 @@
 """Metrics: their names and directions, exact sums and counts, intervals. Torch and the standard library only.
 
-Every mean is a sum over pairs (or tokens) divided by their number, both reduced over ranks: never a mean of batch means.
+Every mean is a sum over pairs (or tokens) divided by their number, both reduced over ranks.
 """
 
 import math

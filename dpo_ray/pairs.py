@@ -113,6 +113,17 @@ class TokenizedPair(NamedTuple):
         """Real tokens: the prompt once, each response once."""
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
+    @property
+    def branches(self) -> "PromptBranches":
+        return PromptBranches(self.prompt_ids, (self.chosen_ids, self.rejected_ids))
+
+
+class PromptBranches(NamedTuple):
+    """A prompt and the responses behind it: two for a pair, any number when candidates are scored."""
+
+    prompt_ids: Ids
+    responses: tuple[Ids, ...]
+
 
 class PairBatch(NamedTuple):
     """One micro-batch. R rows, T tokens a row, B prompts, S responses, N response tokens.
@@ -129,7 +140,8 @@ class PairBatch(NamedTuple):
     target_ids: Tensor  # [N] int64; that response token
     response_index: Tensor  # [N] int64; which of the S responses it belongs to
     num_responses: int  # S
-    num_tokens: int  # real tokens in the batch
+    num_tokens: int  # real tokens: each prompt once, each response once
+    num_filled: int  # of the R * T places, those that are not padding
     is_branched: bool  # False: plain causal rows (the padded layout)
 
     @property

@@ -1,0 +1,237 @@
+"""Which pairs share a step, a row and a device; and the tensors of a micro-batch.
+
+Everything follows from lengths, a seed and the number of workers, so all ranks make the same plan without talking, and
+make the same number of forward passes. What is in a step does not depend on the workers or the token budget.
+"""
+
+import bisect
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from dpo_ray.errors import InputError
+from dpo_ray.pairs import PairBatch, PromptBranches
+
+Layout = Literal["branches", "padded"]
+Row = list[int]
+"""Items that share a row, by their number in the step."""
+
+
+class Lengths(NamedTuple):
+    """Token counts of a prompt and the responses behind it."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def branched(self) -> int:
+        """Places of the item in the branches layout. A response's last token predicts nothing, so it is not fed."""
+        return self.prompt + sum(n - 1 for n in self.responses)
+
+    @property
+    def padded(self) -> int:
+        """Places of one of the item's rows in the padded layout."""
+        return self.prompt + max(self.responses) - 1
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes in one forward pass."""
+
+    items: list[int]  # numbers in the step, in the order of the batch's responses
+    rows: list[Row]  # the same items by row
+    counts: bool  # False: fills the rank's quota of passes, with weight 0
+
+
+class StepOrder:
+    """The pairs of every step: epochs of seeded permutations, one after another, cut into `pairs_per_step`.
+
+    A pure function of its arguments, so a resumed run, and any number of workers, sees the same steps.
+    """
+
+    def __init__(self, num_pairs: int, pairs_per_step: int, *, seed: int, epochs: float, max_steps: int | None) -> None:
+        total = math.ceil(num_pairs * epochs) if max_steps is None else max_steps * pairs_per_step
+        self.num_steps = math.ceil(total / pairs_per_step)
+        self._total, self._num_pairs, self._pairs_per_step, self._seed = total, num_pairs, pairs_per_step, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def pairs_of(self, step: int) -> list[int]:
+        """Numbers of the pairs behind step `step` (from 1). The last step of a run may have fewer."""
+        first = (step - 1) * self._pairs_per_step
+        return [self._pair_at(i) for i in range(first, min(first + self._pairs_per_step, self._total))]
+
+    def pairs_before(self, step: int) -> int:
+        """Pairs seen when step `step` is done."""
+        return min(step * self._pairs_per_step, self._total)
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data when step `step` is done."""
+        return self.pairs_before(step) / self._num_pairs
+
+    def _pair_at(self, place: int) -> int:
+        epoch, within = divmod(place, self._num_pairs)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(self._num_pairs)
+        return int(self._order[within])
+
+
+def plan_step(
+    lengths: Sequence[Lengths], *, num_workers: int, tokens_per_device: int, row_tokens: int, layout: Layout
+) -> list[list[MicroBatch]]:
+    """Micro-batches of a step: `plan[m][rank]`; every rank has as many.
+
+    Rows are packed by best-fit decreasing, then dealt to the micro-batches by cost, costliest first, so that ranks that
+    wait for each other have about the same work. No micro-batch has more than `tokens_per_device` places.
+
+    Raises:
+        InputError: One item alone is larger than `tokens_per_device`.
+    """
+    if layout == "branches":
+        total = sum(item.branched for item in lengths)
+        capacity = min(row_tokens, math.ceil(total / num_workers))
+        rows = pack_rows([item.branched for item in lengths], capacity)
+        units = [(sum(lengths[i].branched for i in row), 1, row) for row in rows]
+    else:
+        units = [(item.padded, len(item.responses), [i]) for i, item in enumerate(lengths)]
+    units.sort(key=lambda unit: (-unit[0], unit[2]))
+    for width, height, row in units:
+        if width * height > tokens_per_device:
+            raise InputError(
+                f"`batch.tokens_per_device`={tokens_per_device} is less than the {width * height} tokens of one pair "
+                f"in the {layout} layout (number {row[0]} of the step); raise it or lower `data.max_tokens`"
+            )
+
+    smallest = sum(width * height for width, height, _ in units) / (tokens_per_device * num_workers)
+    passes = max(1, math.ceil(smallest))
+    while (bins := _deal(units, passes * num_workers, tokens_per_device)) is None:
+        passes += 1
+    bins.sort(key=_cost, reverse=True)
+
+    filler = min(range(len(lengths)), key=lambda i: (lengths[i].branched, i))
+    plan = []
+    for m in range(passes):
+        # Neighbours in cost run at the same time; the order turns so that no rank always gets the larger one.
+        beside = bins[m * num_workers : (m + 1) * num_workers][:: -1 if m % 2 else 1]
+        plan.append([_micro_batch(chosen, filler) for chosen in beside])
+    return plan
+
+
+def pack_rows(sizes: Sequence[int], capacity: int) -> list[Row]:
+    """Best-fit decreasing: items into rows of at most `capacity`; a larger item has a row of its own."""
+    rows: list[Row] = []
+    free: list[tuple[int, int]] = []  # (space left, row), sorted
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        fit = bisect.bisect_left(free, (sizes[item], -1))
+        if fit == len(free):
+            rows.append([item])
+            left, row = capacity - sizes[item], len(rows) - 1
+        else:
+            left, row = free.pop(fit)
+            rows[row].append(item)
+            left -= sizes[item]
+        if left > 0:
+            bisect.insort(free, (left, row))
+    return rows
+
+
+_Unit = tuple[int, int, Row]  # width in tokens, height in rows, items
+
+
+def _deal(units: Sequence[_Unit], num_bins: int, tokens_per_device: int) -> list[list[_Unit]] | None:
+    """Longest first, each to the cheapest bin with room; None if one finds none. A bin is as wide as its first unit."""
+    bins: list[list[_Unit]] = [[] for _ in range(num_bins)]
+    costs, heights = [0.0] * num_bins, [0] * num_bins
+    for unit in units:
+        width, height, _ = unit
+        room = [
+            i
+            for i in range(num_bins)
+            if (bins[i][0][0] if bins[i] else width) * (heights[i] + height) <= tokens_per_device
+        ]
+        if not room:
+            return None
+        best = min(room, key=lambda i: (costs[i], i))
+        bins[best].append(unit)
+        heights[best] += height
+        costs[best] += _cost([unit])
+    return bins
+
+
+def _cost(units: Sequence[_Unit]) -> float:
+    """Work of a bin: linear in tokens, and attention's square, which doubles the work of a row at some 8,000 tokens."""
+    return sum(height * (width + width * width / 8192) for width, height, _ in units)
+
+
+def _micro_batch(units: Sequence[_Unit], filler: int) -> MicroBatch:
+    rows = [row for _, _, row in units] or [[filler]]
+    return MicroBatch([i for row in rows for i in row], rows, counts=bool(units))
+
+
+def make_batch(items: Sequence[PromptBranches], rows: Sequence[Row], layout: Layout) -> PairBatch:
+    """Tensors of a micro-batch; responses are numbered in the order of `rows`, each item's in its own order.
+
+    `branches`: `[prompt | response 1 | response 2 | ...]` per item, items one after another in a row.
+    `padded`: each response in a row of its own behind a copy of its prompt.
+    """
+    spans: list[list[_Span]] = []
+    for row in rows:
+        branches = [items[i] for i in row]
+        if layout == "branches":
+            spans.append([_Span(item.prompt_ids, item.responses) for item in branches])
+        else:
+            spans += [[_Span(item.prompt_ids, (response,))] for item in branches for response in item.responses]
+    width = max(sum(span.places for span in row) for row in spans)
+
+    input_ids = np.zeros((len(spans), width), np.int64)
+    position_ids = np.zeros((len(spans), width), np.int64)
+    segment_ids = np.full((len(spans), width), -1, np.int32)
+    branch_ids = np.zeros((len(spans), width), np.int32)
+    predict, targets, owners = [], [], []
+    num_responses = 0
+    for r, spans_of_row in enumerate(spans):
+        at = 0
+        for segment, span in enumerate(spans_of_row):
+            length = len(span.prompt_ids)
+            input_ids[r, at : at + length] = span.prompt_ids
+            position_ids[r, at : at + length] = np.arange(length)
+            segment_ids[r, at : at + span.places] = segment
+            prompt_end = r * width + at + length - 1
+            at += length
+            for branch, response in enumerate(span.responses, start=1):
+                fed = len(response) - 1
+                input_ids[r, at : at + fed] = response[:-1]
+                position_ids[r, at : at + fed] = np.arange(length, length + fed)
+                branch_ids[r, at : at + fed] = branch
+                # The prompt's last token predicts the first token of every response; then each token the next.
+                predict.append(np.concatenate(([prompt_end], r * width + at + np.arange(fed))))
+                targets.append(response)
+                owners.append(np.full(len(response), num_responses))
+                num_responses += 1
+                at += fed
+    chosen = [items[i] for row in rows for i in row]
+    return PairBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        segment_ids=torch.from_numpy(segment_ids),
+        branch_ids=torch.from_numpy(branch_ids),
+        predict_index=torch.from_numpy(np.concatenate(predict).astype(np.int64)),
+        target_ids=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        response_index=torch.from_numpy(np.concatenate(owners).astype(np.int64)),
+        num_responses=num_responses,
+        num_tokens=sum(len(item.prompt_ids) + sum(map(len, item.responses)) for item in chosen),
+        num_filled=int((segment_ids >= 0).sum()),
+        is_branched=layout == "branches",
+    )
+
+
+class _Span(NamedTuple):
+    """A prompt with the responses that share its row."""
+
+    prompt_ids: np.ndarray
+    responses: tuple[np.ndarray, ...]
+
+    @property
+    def places(self) -> int:
+        return len(self.prompt_ids) + sum(len(response) - 1 for response in self.responses)

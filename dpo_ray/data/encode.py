@@ -1,0 +1,302 @@
+"""Preference pairs -> token ids: chat template or plain text, hard checks, over-long pairs, the token cache.
+
+The prompt and each response are tokenised apart, as at generation time, so prompt ids are shared by construction and no
+merge crosses the border. A pair that cannot be encoded is counted with its reason, never dropped in silence.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jinja2 import TemplateError
+
+from dpo_ray.config import DataConfig
+from dpo_ray.data.formats import transcript
+from dpo_ray.errors import InputError
+from dpo_ray.pairs import Ids, Message, PreferencePair, TokenizedPair
+from dpo_ray.storage import Folder
+
+PAIRS_PER_PART = 1024
+"""Pairs of one cache file. Subsets are prefixes of one order, so runs of different data sizes share files."""
+
+ENCODING_VERSION = 1
+"""Part of the cache key; raise it when the same text gives other ids."""
+
+
+class EncodedPart(NamedTuple):
+    """Some pairs as ids, and what happened to the others."""
+
+    pairs: list[TokenizedPair]
+    dropped: Counter[str]
+    truncated: Counter[str]
+
+
+class PairEncoder:
+    """Encodes pairs with one tokenizer and one set of rules.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        data: `max_tokens`, `over_long` and `chat` are read.
+        end_ids: Tokens that end a response when the template writes them; the tokenizer's EOS is always one.
+
+    Raises:
+        InputError: The tokenizer has no end token.
+    """
+
+    def __init__(self, tokenizer: Any, data: DataConfig, end_ids: Iterable[int] = ()) -> None:
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no end-of-sequence token")
+        self._tokenizer = tokenizer
+        self._max_tokens, self._over_long, self._chat = data.max_tokens, data.over_long, data.chat
+        self._end_ids = {tokenizer.eos_token_id, *end_ids}
+        # SentencePiece tokenizers put a blank before a text; a response continues one, so it is tokenised behind an
+        # anchor that is then cut off.
+        self._anchor = self._ids(["\n"])[0]
+        self._adds_blank = self._ids(["\na"])[0][len(self._anchor) :] != self._ids(["a"])[0]
+        self._adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the ids of a pair."""
+        tokenizer = self._tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        )
+        special = [tokenizer.bos_token_id, sorted(self._end_ids), self._adds_bos]
+        rules = [self._max_tokens, self._over_long, self._chat]
+        content = json.dumps([ENCODING_VERSION, vocabulary, tokenizer.chat_template, special, rules])
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def encode(self, pairs: Sequence[PreferencePair]) -> EncodedPart:
+        """Encode pairs in their order; those that cannot be are counted by reason.
+
+        Raises:
+            InputError: A conversation, but the tokenizer has no chat template; or the template refuses it.
+        """
+        texts = [self._render(pair) for pair in pairs]
+        prompts = self._prompt_ids([text.prompt for text in texts], [text.is_templated for text in texts])
+        chosen = self._response_ids([text.chosen for text in texts])
+        rejected = self._response_ids([text.rejected for text in texts])
+        part = EncodedPart([], Counter(), Counter())
+        for pair, ids in zip(pairs, zip(prompts, chosen, rejected, strict=True), strict=True):
+            fitted, truncated = self._fit(*ids)
+            if isinstance(fitted, str):
+                part.dropped[fitted] += 1
+                continue
+            if truncated:
+                part.truncated[truncated] += 1
+            part.pairs.append(TokenizedPair(pair.pair_id, *(np.asarray(side, np.int32) for side in fitted)))
+        return part
+
+    def _render(self, pair: PreferencePair) -> "_Rendered":
+        """The three texts of a pair: plain, or written by the chat template."""
+        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+            if self._chat != "always":
+                return _Rendered(prompt, chosen, rejected, is_templated=False)
+            prompt = ({"role": "user", "content": prompt},)
+            chosen, rejected = (
+                ({"role": "assistant", "content": chosen},),
+                ({"role": "assistant", "content": rejected},),
+            )
+        assert not isinstance(prompt, str)
+        assert not isinstance(chosen, str)
+        assert not isinstance(rejected, str)
+        if self._tokenizer.chat_template is None or self._chat == "never":
+            if not pair.is_transcript:
+                raise InputError(
+                    f"{pair.place}: a conversation, but "
+                    + ("`data.chat` is `never`" if self._chat == "never" else "the tokenizer has no chat template")
+                    + "; use a model with a chat template, or plain-text data"
+                )
+            before = transcript(prompt)
+            ends = tuple(transcript((*prompt, *response)) for response in (chosen, rejected))
+            opening = before + "\n\nAssistant:"
+            return _Rendered(opening, ends[0][len(opening) :], ends[1][len(opening) :], is_templated=False)
+
+        before = self._template(pair, prompt, add_generation_prompt=True)
+        ends = tuple(self._template(pair, (*prompt, *response)) for response in (chosen, rejected))
+        if not all(end.startswith(before) for end in ends):
+            # The template writes the prompt otherwise when an answer follows, such as an opened thinking tag.
+            before = self._template(pair, prompt)
+            if not all(end.startswith(before) for end in ends):
+                raise InputError(f"{pair.place}: the chat template does not keep the prompt when a response follows it")
+        return _Rendered(before, ends[0][len(before) :], ends[1][len(before) :], is_templated=True)
+
+    def _template(self, pair: PreferencePair, turns: tuple[Message, ...], add_generation_prompt: bool = False) -> str:
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(turns),
+                tools=list(pair.tools) if pair.tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise InputError(f"{pair.place}: the chat template refuses this conversation: {error}") from None
+        return text
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _prompt_ids(self, texts: Sequence[str], templated: Sequence[bool]) -> list[list[int]]:
+        """Prompts with exactly one BOS where the tokenizer has one and uses it."""
+        bos = self._tokenizer.bos_token_id
+        result = []
+        for ids, is_templated in zip(self._ids(texts), templated, strict=True):
+            starts = bos is not None and ids[:1] == [bos]
+            if bos is not None and not starts and (self._adds_bos and not is_templated):
+                ids = [bos, *ids]
+            while bos is not None and ids[:2] == [bos, bos]:
+                ids = ids[1:]
+            # The first response token needs a token before it to be predicted from.
+            result.append(ids or [bos if bos is not None else self._tokenizer.eos_token_id])
+        return result
+
+    def _response_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Responses with exactly one end token, the last; what a template writes behind it is cut off."""
+        if self._adds_blank:
+            skip = len(self._anchor)
+            anchored = self._ids(["\n" + text for text in texts])
+            found = [
+                ids[skip:] if ids[:skip] == self._anchor else self._ids([text])[0]
+                for ids, text in zip(anchored, texts, strict=True)
+            ]
+        else:
+            found = self._ids(texts)
+        result = []
+        for ids in found:
+            ends = [i for i, token in enumerate(ids) if token in self._end_ids]
+            result.append(ids[: ends[-1] + 1] if ends else [*ids, self._tokenizer.eos_token_id])
+        return result
+
+    def _fit(
+        self, prompt: list[int], chosen: list[int], rejected: list[int]
+    ) -> tuple[tuple[list[int], list[int], list[int]] | str, str | None]:
+        """The pair within `max_tokens`, or the reason why it is dropped; and how it was truncated."""
+        if chosen == rejected:
+            return "identical_tokens", None
+        excess = len(prompt) + max(len(chosen), len(rejected)) - self._max_tokens
+        if excess <= 0:
+            return (prompt, chosen, rejected), None
+        if self._over_long == "drop":
+            return "over_long", None
+        if self._over_long == "truncate_prompt_left":
+            keeps = [prompt[0]] if prompt[0] == self._tokenizer.bos_token_id else []
+            left = len(prompt) - excess - len(keeps)
+            if left < 1:
+                return "response_over_long", None
+            return ([*keeps, *prompt[-left:]], chosen, rejected), "prompt"
+        room = self._max_tokens - len(prompt)
+        if room < 1:
+            return "prompt_over_long", None
+        chosen, rejected = chosen[:room], rejected[:room]  # a cut response has no end token: it did not end there
+        if chosen == rejected:
+            return "identical_tokens", None
+        return (prompt, chosen, rejected), "response"
+
+
+class _Rendered(NamedTuple):
+    prompt: str
+    chosen: str
+    rejected: str
+    is_templated: bool
+
+
+class TokenFiles(NamedTuple):
+    """Encoded pairs on storage, ready to be sent to workers: values only."""
+
+    folder: str
+    parts: tuple[str, ...]
+    num_pairs: int
+    """Pairs that count; the last part may hold more."""
+
+    def open(self, cache: Path) -> "TokenTable":
+        return TokenTable([Folder(self.folder).fetch(name, cache) for name in self.parts], self.num_pairs)
+
+
+def encode_to_files(
+    pairs: Sequence[PreferencePair], encoder: PairEncoder, cache: Folder, num_pairs: int | None = None
+) -> tuple[TokenFiles, dict[str, Any]]:
+    """Encode pairs into cache files by content, up to `num_pairs` that survive; what is there is not done again.
+
+    Returns:
+        The files, and the part of the data report: `encoded`, `from_cache`, `dropped`, `truncated`.
+    """
+    names, count = [], 0
+    dropped: Counter[str] = Counter()
+    truncated: Counter[str] = Counter()
+    from_cache = 0
+    for start in range(0, len(pairs), PAIRS_PER_PART):
+        block = pairs[start : start + PAIRS_PER_PART]
+        key = hashlib.blake2b(encoder.fingerprint.encode(), digest_size=16)
+        key.update("".join(pair.pair_id for pair in block).encode())
+        name = f"{key.hexdigest()}.arrow"
+        if cache.exists(name):
+            from_cache += len(block)
+        else:
+            cache.write(name, _to_arrow(encoder.encode(block)))
+        with pa.ipc.open_file(pa.BufferReader(cache.read(name))) as reader:
+            counts = json.loads(reader.schema.metadata[b"counts"])
+        dropped.update(counts["dropped"])
+        truncated.update(counts["truncated"])
+        count += counts["pairs"]
+        names.append(name)
+        if num_pairs is not None and count >= num_pairs:
+            count = num_pairs
+            break
+    files = TokenFiles(cache.path, tuple(names), count)
+    return files, {"from_cache": from_cache, "dropped": dict(dropped), "truncated": dict(truncated)}
+
+
+def _to_arrow(part: EncodedPart) -> bytes:
+    columns = {
+        name: pa.array([getattr(pair, name) for pair in part.pairs], pa.list_(pa.int32()))
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    }
+    counts = {"pairs": len(part.pairs), "dropped": part.dropped, "truncated": part.truncated}
+    table = pa.table({"pair_id": pa.array([pair.pair_id for pair in part.pairs], pa.string()), **columns})
+    table = table.replace_schema_metadata({"counts": json.dumps(counts)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=PAIRS_PER_PART)
+    return bytes(sink.getvalue())
+
+
+class TokenTable(Sequence[TokenizedPair]):
+    """Encoded pairs, memory-mapped: reading one copies nothing."""
+
+    def __init__(self, paths: Sequence[Path], num_pairs: int) -> None:
+        tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
+        table = pa.concat_tables(tables).slice(0, num_pairs) if tables else None
+        self._chunks = [] if table is None else [_Chunk(batch) for batch in table.to_batches()]
+        self._starts = np.cumsum([0, *(len(chunk.pair_ids) for chunk in self._chunks)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> TokenizedPair:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._chunks[chunk].pair(index - int(self._starts[chunk]))
+
+
+class _Chunk:
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.pair_ids = batch.column("pair_id")
+        self._columns: list[tuple[Ids, Ids]] = []
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+            column = batch.column(name)
+            self._columns.append((column.offsets.to_numpy(), column.values.to_numpy()))
+
+    def pair(self, index: int) -> TokenizedPair:
+        sides = (values[offsets[index] : offsets[index + 1]] for offsets, values in self._columns)
+        return TokenizedPair(self.pair_ids[index].as_py(), *sides)

@@ -1,0 +1,331 @@
+"""Hugging Face models: where they are, loading policy and tokenizer, LoRA, the attention mask of a layout, export.
+
+`PairModel` turns a causal language model into what training, reference pass and scoring need: a `PairBatch` in, the
+log-probs of its responses out. It knows nothing of losses, sharding or Ray.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dpo_ray.config import LoraConfig, ModelConfig
+from dpo_ray.errors import InputError
+from dpo_ray.logps import sum_by_response, token_logps
+from dpo_ray.pairs import PairBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""`engine.precision` -> type of the weights in the computation."""
+
+
+class ModelSource(NamedTuple):
+    """Where weights come from: values only, so that it crosses processes."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class ResponseLogps(NamedTuple):
+    """What a model says about each response of a batch."""
+
+    logps: Tensor  # [S] float64, summed log p(response | prompt), nats, with gradient
+    num_tokens: Tensor  # [S] float64
+    entropy: Tensor  # [S] float64, summed entropy of the next-token distributions, nats, without gradient
+
+
+class PairModel(nn.Module):
+    """A causal language model that gives the log-probs of a batch's responses.
+
+    The body runs once over all rows; the output layer only where a response token is predicted, in chunks.
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        self.language_model = language_model
+        causal = self._causal
+        config = causal.config.get_text_config()
+        output = causal.get_output_embeddings()
+        if type(output) is not nn.Linear:
+            raise InputError(
+                f"the output layer of {type(causal).__name__} is a {type(output).__name__}, not a plain one"
+            )
+        weight: Any = output.weight
+        self.head = LogpHead(
+            weight,
+            output.bias,
+            scale=_output_scale(config),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+        self._config = config
+
+    @property
+    def body(self) -> Any:
+        """The decoder without its output layer."""
+        return self._causal.base_model
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.language_model, "peft_config")
+
+    @property
+    def _causal(self) -> Any:
+        model: Any = self.language_model
+        return model.get_base_model() if self.has_adapter else model
+
+    def forward(self, batch: PairBatch) -> ResponseLogps:
+        dtype = self.head.weight.dtype
+        hidden = self.body(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=attention_mask(batch, self._config, dtype),
+            use_cache=False,
+        ).last_hidden_state
+        predicting = hidden.reshape(-1, hidden.shape[-1])[batch.predict_index]
+        logps, entropy = self.head(predicting, batch.target_ids)
+        ones = torch.ones_like(logps)
+        return ResponseLogps(
+            *(sum_by_response(v, batch.response_index, batch.num_responses) for v in (logps, ones, entropy))
+        )
+
+
+class LogpHead(nn.Module):
+    """The output layer as a module of its own, holding the layer's own parameters: ZeRO-3 then gathers them around its
+    forward and backward as around any layer's."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, *, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
+
+    def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logps(hidden, self.weight, target_ids, bias=self.bias, scale=self.scale, softcap=self.softcap)
+
+
+def attention_mask(batch: PairBatch, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """The mask argument of a decoder: [R, T] for plain rows, else additive [R, 1, T, T], by layer type if two.
+
+    A token sees what stands before it in its own prompt and its own branch, never another prompt or branch. Sliding
+    windows go by the difference of positions: in a second branch that is less than the difference of places.
+    """
+    real = batch.segment_ids >= 0
+    if not batch.is_branched:
+        return real.long()
+    segment, branch, position = batch.segment_ids, batch.branch_ids, batch.position_ids
+    same = (segment[:, :, None] == segment[:, None, :]) & real[:, :, None]
+    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    distance = position[:, :, None] - position[:, None, :]  # of tokens on one path: >= 0 looks back
+    allowed = same & visible & (distance >= 0)
+
+    def additive(mask: Tensor) -> Tensor:
+        low = torch.finfo(dtype).min
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, low)[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return additive(allowed)
+    windowed = additive(allowed & (distance < window))
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return windowed
+    if "sliding_attention" not in layer_types:
+        return additive(allowed)
+    return {"full_attention": additive(allowed), "sliding_attention": windowed}
+
+
+def _output_scale(config: Any) -> float:
+    """What an architecture multiplies its logits by (Cohere), or divides them by (Granite)."""
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        return 1 / float(divisor)
+    return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+def local_folder(source: ModelSource) -> Path:
+    """The folder of a model: itself, or the hub's snapshot, downloaded once. Weights must be whole safetensors files.
+
+    Raises:
+        InputError: No such model, no safetensors, or a damaged file.
+    """
+    folder = Path(source.path).expanduser()
+    if not folder.is_dir():
+        folder = _snapshot(source)
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+        raise InputError(f"{source.path} is not a model: it has no config.json")
+    files = weight_files(folder)
+    if not files:
+        raise InputError(f"{source.path} has no safetensors weights")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is damaged: {error}") from None
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _snapshot(source: ModelSource) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if source.path.startswith((".", "/", "~")):
+        raise InputError(f"no model at {source.path}")
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    try:
+        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        cause = " ".join(str(error).split())
+        raise InputError(f"no model at {source.path}, and none on the hub: {cause[:200]}") from None
+
+
+def weights_fingerprint(source: ModelSource) -> str:
+    """Hash of a model's weights and configuration; of an adapter's and its base's. Equal weights, equal fingerprint."""
+    folder = local_folder(source)
+    digest = hashlib.blake2b(digest_size=16)
+    adapter = folder / "adapter_config.json"
+    for file in [*weight_files(folder), adapter if adapter.exists() else folder / "config.json"]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if adapter.exists():
+        digest.update(weights_fingerprint(_adapter_base(folder, source)).encode())
+    return digest.hexdigest()
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer beside a model's weights.
+
+    Raises:
+        InputError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_folder(source)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source.path} has no tokenizer: {' '.join(str(error).split())[:200]}") from None
+
+
+def end_token_ids(source: ModelSource) -> list[int]:
+    """Tokens that end a response by the model's generation settings."""
+    file = local_folder(source) / "generation_config.json"
+    found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def read_config(source: ModelSource) -> Any:
+    """The text configuration of a model (of an adapter's base), without its weights."""
+    from transformers import AutoConfig
+
+    folder = local_folder(source)
+    if (folder / "adapter_config.json").exists():
+        return read_config(_adapter_base(folder, source))
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source.path}: {' '.join(str(error).split())[:200]}") from None
+    return config.get_text_config()
+
+
+def load_language_model(source: ModelSource, precision: str) -> Any:
+    """A causal language model in the type of `precision`, dropout off. An adapter's folder gives its base, merged.
+
+    Raises:
+        InputError: It cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = local_folder(source)
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        base = load_language_model(_adapter_base(folder, source), precision)
+        return PeftModel.from_pretrained(base, folder).merge_and_unload()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[precision], trust_remote_code=source.trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"cannot load {source.path}: {' '.join(str(error).split())[:300]}") from None
+    _disable_dropout(model)
+    return model
+
+
+def load_policy(config: ModelConfig, precision: str, seed: int) -> PairModel:
+    """The model to train: all its weights, or LoRA adapters on it, initialised from `seed`."""
+    model = load_language_model(policy_source(config), precision)
+    return PairModel(model if config.lora is None else _add_lora(model, config.lora, seed))
+
+
+def policy_source(config: ModelConfig) -> ModelSource:
+    return ModelSource(config.path, config.revision, config.trust_remote_code)
+
+
+def _add_lora(model: Any, config: LoraConfig, seed: int) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)  # every rank starts from the same adapter
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    try:
+        return get_peft_model(
+            model,
+            PeftLoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets,
+            ),
+        )
+    except ValueError as error:
+        raise InputError(f"`model.lora.targets`: {' '.join(str(error).split())[:200]}") from None
+
+
+def _adapter_base(folder: Path, source: ModelSource) -> ModelSource:
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return ModelSource(base, None, source.trust_remote_code)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Preference losses compare log-probs with a reference's: noise in them is noise in the reward."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):  # plain numbers in some attention modules
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def export(
+    model: PairModel, weights: Mapping[str, Tensor], tokenizer: Any, folder: Path, *, dtype: str, card: str
+) -> None:
+    """Write a Hugging Face folder: safetensors (or the adapter), configuration, tokenizer, chat template, model card.
+
+    Args:
+        weights: The whole weights by the names of `model.language_model`; for LoRA the adapter's suffice.
+        dtype: Type of the written weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    typed = {name: value.to(getattr(torch, dtype)).contiguous() for name, value in weights.items()}
+    language_model: Any = model.language_model
+    if not model.has_adapter:
+        language_model.config.dtype = dtype
+    language_model.save_pretrained(folder, state_dict=typed, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+
+
+def copy_generation_settings(source: ModelSource, folder: Path) -> None:
+    """Keep the end tokens and sampling defaults of the model that was trained."""
+    settings = local_folder(source) / "generation_config.json"
+    if settings.exists():
+        shutil.copy(settings, folder / settings.name)

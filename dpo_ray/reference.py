@@ -1,0 +1,213 @@
+"""The reference log-prob store, and the Ray Data pass that fills it.
+
+Content-addressed: under the fingerprint of the model's weights and the type of the computation, each response has its
+summed log-prob under the hash of its prompt's and its own token ids. What is there is never computed again, by any
+run, trial or node; parts are written whole or not at all, so a pass that was broken off goes on where it stopped.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from dpo_ray.config import BatchConfig
+from dpo_ray.data.batching import Lengths, make_batch, plan_step
+from dpo_ray.losses import PairLogps
+from dpo_ray.models import ModelSource, PairModel, load_language_model
+from dpo_ray.pairs import Ids, PromptBranches, TokenizedPair
+from dpo_ray.storage import Folder
+
+logger = logging.getLogger(__name__)
+
+PROMPTS_PER_PART = 512
+"""Prompts of one call of a scorer, and so of one file; a pass that is broken off loses at most this much per actor."""
+
+
+class ResponseValue(NamedTuple):
+    """What the store keeps of a response, under one model."""
+
+    logps: float  # summed log p(response | prompt), nats
+    num_tokens: int
+    entropy: float  # summed entropy of the next-token distributions, nats
+
+
+class PassCounts(NamedTuple):
+    """Responses of a pass."""
+
+    computed: int
+    from_store: int
+
+
+def response_key(prompt_ids: Ids, response_ids: Ids) -> bytes:
+    """Address of a response: 16 bytes over the prompt's length and all ids."""
+    digest = hashlib.blake2b(len(prompt_ids).to_bytes(4, "little"), digest_size=16)
+    digest.update(np.ascontiguousarray(prompt_ids, np.int32).tobytes())
+    digest.update(np.ascontiguousarray(response_ids, np.int32).tobytes())
+    return digest.digest()
+
+
+class ReferenceStore:
+    """Values of responses under one model in one numeric mode; a folder of Parquet parts."""
+
+    def __init__(self, root: str, fingerprint: str, precision: str) -> None:
+        self._folder = Folder(root) / f"{fingerprint}-{precision}"
+
+    @property
+    def path(self) -> str:
+        return self._folder.path
+
+    def read(self, wanted: Iterable[bytes] | None = None) -> dict[bytes, ResponseValue]:
+        """All values, or those of the wanted addresses that are there."""
+        keep = None if wanted is None else set(wanted)
+        found: dict[bytes, ResponseValue] = {}
+        for name in self._folder.names():
+            if not name.endswith(".parquet"):
+                continue
+            columns = pq.read_table(pa.BufferReader(self._folder.read(name))).to_pydict()
+            rows = zip(columns["key"], columns["logps"], columns["num_tokens"], columns["entropy"], strict=True)
+            for key, logps, num_tokens, entropy in rows:
+                if keep is None or key in keep:
+                    found[key] = ResponseValue(logps, num_tokens, entropy)
+        return found
+
+    def write(self, values: dict[bytes, ResponseValue]) -> None:
+        """Add a part, named by its addresses: two actors that computed the same write the same file."""
+        keys = sorted(values)
+        table = pa.table(
+            {
+                "key": pa.array(keys, pa.binary(16)),
+                "logps": pa.array([values[key].logps for key in keys], pa.float64()),
+                "num_tokens": pa.array([values[key].num_tokens for key in keys], pa.int32()),
+                "entropy": pa.array([values[key].entropy for key in keys], pa.float64()),
+            }
+        )
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        name = hashlib.blake2b(b"".join(keys), digest_size=16).hexdigest()
+        self._folder.write(f"part-{name}.parquet", bytes(sink.getvalue()))
+
+
+class ResponseScorer:
+    """Computes the log-probs of responses and puts them into the store.
+
+    A plain class: tests call it directly, and Ray Data runs it as a pool of actors, each loading the model once.
+    """
+
+    def __init__(self, model: ModelSource, precision: str, batch: BatchConfig, store: ReferenceStore) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = PairModel(load_language_model(model, precision)).to(self._device).eval()
+        self._batch, self._store = batch, store
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[PromptBranches]) -> dict[bytes, ResponseValue]:
+        """Values of all responses behind some prompts, whatever the packing."""
+        lengths = [Lengths(len(item.prompt_ids), tuple(map(len, item.responses))) for item in items]
+        plan = plan_step(
+            lengths,
+            num_workers=1,
+            tokens_per_device=self._batch.tokens_per_device,
+            row_tokens=self._batch.row_tokens,
+            layout=self._batch.layout,
+        )
+        values = {}
+        for (micro_batch,) in plan:
+            result = self._model(make_batch(items, micro_batch.rows, self._batch.layout).to(self._device))
+            keys = (response_key(items[i].prompt_ids, r) for i in micro_batch.items for r in items[i].responses)
+            columns = zip(result.logps.tolist(), result.num_tokens.tolist(), result.entropy.tolist(), strict=True)
+            values |= {key: ResponseValue(a, int(b), c) for key, (a, b, c) in zip(keys, columns, strict=True)}
+        return values
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Score a block of prompts, store the values, and return only how many there were."""
+        prompts, responses = block.column("prompt_ids").to_pylist(), block.column("responses").to_pylist()
+        items = [
+            PromptBranches(np.asarray(prompt, np.int32), tuple(np.asarray(r, np.int32) for r in behind))
+            for prompt, behind in zip(prompts, responses, strict=True)
+        ]
+        values = self.score(items)
+        self._store.write(values)
+        return pa.table({"computed": [len(values)]})
+
+
+def fill(
+    pairs: Iterable[TokenizedPair],
+    model: ModelSource,
+    store: ReferenceStore,
+    precision: str,
+    batch: BatchConfig,
+    *,
+    num_actors: int,
+    cpus_per_actor: float,
+    gpus_per_actor: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PassCounts:
+    """Make sure that the store has every response of `pairs`: compute what is missing on a pool of Ray Data actors."""
+    wanted: dict[bytes, tuple[Ids, Ids]] = {}
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            wanted[response_key(pair.prompt_ids, response)] = (pair.prompt_ids, response)
+    there = store.read(wanted)
+    missing = [value for key, value in wanted.items() if key not in there]
+    if not missing:
+        return PassCounts(0, len(wanted))
+
+    blocks = _blocks(missing, num_actors)
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    done = 0
+    scored = ray.data.from_arrow(blocks).map_batches(
+        ResponseScorer,
+        fn_constructor_args=(model, precision, batch, store),
+        batch_format="pyarrow",
+        batch_size=None,  # a block is a call: one part of the store
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(blocks))),
+        num_cpus=cpus_per_actor,
+        num_gpus=gpus_per_actor,
+    )
+    for row in scored.iter_rows():
+        done += row["computed"]
+        on_progress(done, len(missing))
+    return PassCounts(done, len(there))
+
+
+def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Table]:
+    """Prompts with their missing responses, in blocks of about equal work: one prompt is computed once for all of them."""
+    by_prompt: dict[bytes, tuple[Ids, list[Ids]]] = {}
+    for prompt_ids, response_ids in missing:
+        by_prompt.setdefault(prompt_ids.tobytes(), (prompt_ids, []))[1].append(response_ids)
+    items = sorted(by_prompt.values(), key=lambda item: len(item[0]) + sum(map(len, item[1])))
+    num_blocks = min(len(items), max(num_actors, -(-len(items) // PROMPTS_PER_PART)))
+    return [
+        pa.table(
+            {
+                "prompt_ids": pa.array([prompt for prompt, _ in items[i::num_blocks]], pa.list_(pa.int32())),
+                "responses": pa.array(
+                    [responses for _, responses in items[i::num_blocks]], pa.list_(pa.list_(pa.int32()))
+                ),
+            }
+        )
+        for i in range(num_blocks)
+    ]
+
+
+class ReferenceTable:
+    """The stored values of some pairs, ready for training: looked up once, read by number."""
+
+    def __init__(self, store: ReferenceStore, pairs: Sequence[TokenizedPair]) -> None:
+        keys = [(response_key(p.prompt_ids, p.chosen_ids), response_key(p.prompt_ids, p.rejected_ids)) for p in pairs]
+        values = store.read({key for both in keys for key in both})
+        self._values = np.array(
+            [[(values[key].logps, values[key].num_tokens) for key in both] for both in keys], np.float64
+        ).reshape(len(keys), 2, 2)
+
+    def logps(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> PairLogps:
+        """`ref_chosen_logps`, `ref_rejected_logps` of pairs, [B] each."""
+        rows: Any = torch.from_numpy(self._values[list(numbers)]).to(device)
+        return PairLogps(rows[:, 0, 0], rows[:, 1, 0], rows[:, 0, 1], rows[:, 1, 1])
