@@ -36,6 +36,8 @@ class TrainState:
     """Places computed, padding included."""
     filled: int = 0
     """Of these, not padding."""
+    since_log: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Sums of the steps since the last training line."""
     evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
     train_lines: list[Evaluation] = dataclasses.field(default_factory=list)
     alarms: list[str] = dataclasses.field(default_factory=list)

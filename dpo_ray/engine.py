@@ -23,7 +23,7 @@ TAG = "zero"
 
 
 def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration from ours. Batches are counted in pairs by the plan, so its own counting is held at 1."""
+    """DeepSpeed's configuration from ours. The plan counts batches, in pairs; its own counting is held at 1."""
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -147,7 +147,10 @@ class ZeroEngine:
             names = {name: value for name, value in names.items() if value.requires_grad}
         weights = {}
         is_first = torch.distributed.get_rank() == 0
+        tied = {id(value): name for name, value in reversed(names.items())}  # a shared weight once, by its first name
         for name, value in names.items():
+            if tied[id(value)] != name:
+                continue
             gathered = deepspeed.zero.GatheredParameters([value], enabled=self._stage == 3 and hasattr(value, "ds_id"))
             with gathered:
                 if is_first:

@@ -305,10 +305,8 @@ def _disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def export(
-    model: PairModel, weights: Mapping[str, Tensor], tokenizer: Any, folder: Path, *, dtype: str, card: str
-) -> None:
-    """Write a Hugging Face folder: safetensors (or the adapter), configuration, tokenizer, chat template, model card.
+def export(model: PairModel, weights: Mapping[str, Tensor], tokenizer: Any, folder: Path, *, dtype: str) -> None:
+    """Write a Hugging Face folder: safetensors (or the adapter), configuration, tokenizer, chat template.
 
     Args:
         weights: The whole weights by the names of `model.language_model`; for LoRA the adapter's suffice.
@@ -321,7 +319,6 @@ def export(
         language_model.config.dtype = dtype
     language_model.save_pretrained(folder, state_dict=typed, safe_serialization=True)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
 
 
 def copy_generation_settings(source: ModelSource, folder: Path) -> None:

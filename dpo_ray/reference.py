@@ -8,10 +8,11 @@ run, trial or node; parts are written whole or not at all, so a pass that was br
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -61,18 +62,17 @@ class ReferenceStore:
     def path(self) -> str:
         return self._folder.path
 
-    def read(self, wanted: Iterable[bytes] | None = None) -> dict[bytes, ResponseValue]:
-        """All values, or those of the wanted addresses that are there."""
-        keep = None if wanted is None else set(wanted)
+    def read(self, wanted: Iterable[bytes]) -> dict[bytes, ResponseValue]:
+        """Those of the wanted values that are there."""
+        keys = pa.array(list(wanted), pa.binary(16))
         found: dict[bytes, ResponseValue] = {}
         for name in self._folder.names():
             if not name.endswith(".parquet"):
                 continue
-            columns = pq.read_table(pa.BufferReader(self._folder.read(name))).to_pydict()
-            rows = zip(columns["key"], columns["logps"], columns["num_tokens"], columns["entropy"], strict=True)
-            for key, logps, num_tokens, entropy in rows:
-                if keep is None or key in keep:
-                    found[key] = ResponseValue(logps, num_tokens, entropy)
+            table = pq.read_table(pa.BufferReader(self._folder.read(name)))
+            columns = table.filter(pc.is_in(table.column("key"), value_set=keys)).to_pydict()
+            rows = zip(columns["logps"], columns["num_tokens"], columns["entropy"], strict=True)
+            found |= {key: ResponseValue(*row) for key, row in zip(columns["key"], rows, strict=True)}
         return found
 
     def write(self, values: dict[bytes, ResponseValue]) -> None:
@@ -114,7 +114,7 @@ class ResponseScorer:
             row_tokens=self._batch.row_tokens,
             layout=self._batch.layout,
         )
-        values = {}
+        values: dict[bytes, ResponseValue] = {}
         for (micro_batch,) in plan:
             result = self._model(make_batch(items, micro_batch.rows, self._batch.layout).to(self._device))
             keys = (response_key(items[i].prompt_ids, r) for i in micro_batch.items for r in items[i].responses)
@@ -178,7 +178,7 @@ def fill(
 
 
 def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Table]:
-    """Prompts with their missing responses, in blocks of about equal work: one prompt is computed once for all of them."""
+    """Prompts with their missing responses, in blocks of about equal work; a prompt is computed once for all of its."""
     by_prompt: dict[bytes, tuple[Ids, list[Ids]]] = {}
     for prompt_ids, response_ids in missing:
         by_prompt.setdefault(prompt_ids.tobytes(), (prompt_ids, []))[1].append(response_ids)
@@ -201,13 +201,18 @@ class ReferenceTable:
     """The stored values of some pairs, ready for training: looked up once, read by number."""
 
     def __init__(self, store: ReferenceStore, pairs: Sequence[TokenizedPair]) -> None:
-        keys = [(response_key(p.prompt_ids, p.chosen_ids), response_key(p.prompt_ids, p.rejected_ids)) for p in pairs]
-        values = store.read({key for both in keys for key in both})
-        self._values = np.array(
-            [[(values[key].logps, values[key].num_tokens) for key in both] for both in keys], np.float64
-        ).reshape(len(keys), 2, 2)
+        keys = [
+            response_key(pair.prompt_ids, response)
+            for pair in pairs
+            for response in (pair.chosen_ids, pair.rejected_ids)
+        ]
+        values = store.read(set(keys))
+        table = np.array([values[key] for key in keys], np.float64).reshape(-1, 2, len(ResponseValue._fields))
+        self._logps, self._num_tokens = table[:, :, 0], table[:, :, 1]
+        self.entropy = float(table[:, :, 2].sum())
+        """Summed over all response tokens, nats."""
 
     def logps(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> PairLogps:
         """`ref_chosen_logps`, `ref_rejected_logps` of pairs, [B] each."""
-        rows: Any = torch.from_numpy(self._values[list(numbers)]).to(device)
-        return PairLogps(rows[:, 0, 0], rows[:, 1, 0], rows[:, 0, 1], rows[:, 1, 1])
+        logps, num_tokens = (torch.from_numpy(a[list(numbers)]).to(device) for a in (self._logps, self._num_tokens))
+        return PairLogps(logps[:, 0], logps[:, 1], num_tokens[:, 0], num_tokens[:, 1])

@@ -1,0 +1,417 @@
+"""The `dpo-ray` command: parse, build one recipe, hand it on, show how it goes. No logic lives here.
+
+Exit codes: 0 done; 2 the user's input is wrong; 3 the run failed; 130 interrupted, state saved. Logs and progress go to
+stderr; with `--json` the result, and nothing else, goes to stdout.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dpo_ray import __version__
+from dpo_ray.config import RunConfig, load_run, parse_override, parse_run, recipe_schema
+from dpo_ray.errors import InputError, RunFailed
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe: a YAML run file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as loss.beta=0.3.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster; `local` starts one here. Default: RAY_ADDRESS, else one on this machine."),
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def explained(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a person can act on into one line and an exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except RunFailed as error:
+            console.print(f"failed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(3) from None
+
+    return run
+
+
+@app.command()
+@explained
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue this run from its last checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Align a model with preference pairs, as the recipe says."""
+    run = load_run(recipe, dict(map(parse_override, overrides or [])))
+    with result_stream(as_json) as emit:
+        if dry_run:
+            from dpo_ray.prepare import describe_plan, prepare, resolve
+
+            run = resolve(run)
+            prepared = prepare(run)
+            plan = describe_plan(run, prepared, prepared.train.open(scratch()))
+            emit({"recipe": run.model_dump(mode="json"), "plan": plan}, show_plan)
+            return
+        emit(train_here(run, resume=resume, address=address), show_summary)
+
+
+def train_here(run: RunConfig, *, resume: bool, address: str | None) -> dict[str, Any]:
+    """Connect, train, show; the run's summary. Exits with 130 when it was interrupted."""
+    from dpo_ray.launch import Interrupt, fit
+
+    connect(address)
+    interrupt = Interrupt()
+    with signals_set(interrupt), Live() as display:
+        summary = fit(run, resume=resume, display=display, interrupt=interrupt).summary
+    if summary["status"] == "interrupted":
+        console.print(f"interrupted at step {summary['steps']}, saved; continue with --resume")
+        raise typer.Exit(130)
+    return summary
+
+
+@app.command()
+@explained
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
+    overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe with the data; a run folder brings its own.")] = None,
+    data: Annotated[str | None, typer.Option(help="Pairs to evaluate on, all of them, instead of a recipe's.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Reference model; default: the recipe's.")] = None,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Held-out metrics of a model against its reference."""
+    from dpo_ray.evaluate.held_out import evaluate_model
+    from dpo_ray.launch import RECIPE_FILE, check_cluster
+    from dpo_ray.models import ModelSource
+    from dpo_ray.prepare import prepare, reference_source, resolve
+    from dpo_ray.storage import Folder
+
+    laid_over = dict(map(parse_override, overrides or []))
+    if reference is not None:
+        laid_over["reference.path"] = reference
+    is_run = Folder(model).exists(RECIPE_FILE)
+    if data is not None:
+        tree = {
+            "name": "evaluate",
+            "model": {"path": model},
+            "data": {"sources": [{"path": data}], "eval": {"num_pairs": 0}},
+        }
+        run = parse_run(tree, laid_over)
+        if reference is None and run.loss.kind != "sft":
+            raise InputError("--data needs --reference: the model that rewards are measured against")
+    elif recipe is not None or is_run:
+        run = load_run(recipe or Path(model) / RECIPE_FILE, laid_over)
+    else:
+        raise InputError(f"{model} is not a run folder: give --recipe, or --data and --reference")
+    source = ModelSource(f"{model}/model" if is_run else model, None, run.model.trust_remote_code)
+    run = resolve(run)
+    with result_stream(as_json) as emit, Live() as display:
+        prepared = prepare(run)
+        connect(address)
+        display.phase(f"scoring {source.path}")
+        files = prepared.train if data is not None else prepared.held_out
+        if files.num_pairs == 0:
+            raise InputError("the recipe holds no pairs out (data.eval)")
+        result = evaluate_model(
+            run,
+            source,
+            reference_source(run),
+            files,
+            gpus_per_actor=check_cluster(run),
+            on_progress=lambda done, total: display.progress("scoring", done, total),
+        )
+        emit(result, lambda values: show_metrics("Held-out metrics", values))
+
+
+@app.command()
+@explained
+def export(
+    run_dir: Annotated[str, typer.Argument(help="A run folder.")],
+    output: Annotated[str | None, typer.Option(help="Where to; default: RUN_DIR/model.")] = None,
+    step: Annotated[int | None, typer.Option(help="Checkpoint of this step; default: the best, else the last.")] = None,
+) -> None:
+    """Write the model of a checkpoint as a Hugging Face folder."""
+    from dpo_ray.launch import RECIPE_FILE, SUMMARY_FILE, write_model
+    from dpo_ray.storage import Folder
+
+    folder = Folder(run_dir)
+    if not folder.exists(RECIPE_FILE):
+        raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE_FILE}")
+    summary = folder.read_json(SUMMARY_FILE) if folder.exists(SUMMARY_FILE) else None
+    target = Folder(output) if output else folder / "model"
+    if output and target.names():
+        raise InputError(f"{output} is not empty")
+    run = load_run(Path(run_dir) / RECIPE_FILE) if folder.is_local else parse_run(_yaml(folder.read(RECIPE_FILE)))
+    chosen = write_model(folder, run, target, summary, step)
+    console.print(f"checkpoint of step {chosen} -> {target.path}", highlight=False)
+
+
+@app.command()
+@explained
+def report(run_dir: Annotated[str, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html and report.png from what a run wrote."""
+    from dpo_ray.report import write_report
+
+    for path in write_report(run_dir):
+        console.print(path, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@explained
+def doctor(
+    as_json: AsJson = False,
+    address: Annotated[str | None, typer.Option(help="Also look at this Ray cluster.")] = None,
+) -> None:
+    """What this machine and cluster can do, and what is missing."""
+    from dpo_ray.doctor import checks, cluster_checks
+
+    with result_stream(as_json) as emit:
+        found = checks()
+        if address is not None:
+            connect(address)
+            found += cluster_checks()
+        emit([check._asdict() for check in found], show_checks)
+    if not all(check.is_ok for check in found):
+        raise typer.Exit(2)
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of a recipe."""
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+@explained
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat with so many seeds.")] = 1,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """The embedded task, end to end, on this machine: no downloads, a few minutes."""
+    from dpo_ray.demo import run_demo
+    from dpo_ray.launch import Interrupt
+
+    with result_stream(as_json) as emit:
+        connect(address)
+        interrupt = Interrupt()
+        with signals_set(interrupt):
+            emit(run_demo(folder, seeds=range(seeds), display=Live(), interrupt=interrupt), lambda result: None)
+
+
+def version_and_exit(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=version_and_exit, is_eager=True)] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the logs of libraries and workers.")] = False,
+) -> None:
+    """Align language models with preferences on a Ray cluster."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s")
+    os.environ["DPO_RAY_VERBOSE"] = "1" if verbose else "0"
+
+
+def connect(address: str | None) -> None:
+    """Join a Ray cluster, or start one here; nothing else in dpo-ray does."""
+    import ray
+
+    verbose = os.environ.get("DPO_RAY_VERBOSE") == "1"
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            ignore_reinit_error=True,
+        )
+    except (ConnectionError, ValueError) as error:
+        raise InputError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
+
+
+def scratch() -> Path:
+    return Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-ray-tokens"
+
+
+@contextmanager
+def signals_set(interrupt: Any) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the run to save and end; the second ends this process at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if interrupt.is_set:
+            raise KeyboardInterrupt
+        interrupt.is_set = True
+        console.print("interrupted: saving a checkpoint (again to quit at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def result_stream(as_json: bool) -> Iterator[Callable[[Any, Callable[[Any], None]], None]]:
+    """Gives `emit(result, show)`. With JSON, stdout belongs to the result alone; all else goes to stderr."""
+    if not as_json:
+        yield lambda result, show: show(result)
+        return
+    sys.stdout.flush()
+    real = os.dup(1)
+    os.dup2(2, 1)
+
+    def emit(result: Any, show: Callable[[Any], None]) -> None:
+        os.write(real, (json.dumps(result, indent=2) + "\n").encode())
+
+    try:
+        yield emit
+    finally:
+        sys.stdout.flush()
+        os.dup2(real, 1)
+        os.close(real)
+
+
+class Live:
+    """Progress on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._is_terminal = console.is_terminal
+        self._told_at = 0.0
+
+    def __enter__(self) -> "Live":
+        if self._is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._progress.stop()
+
+    def phase(self, text: str) -> None:
+        console.print(text, highlight=False)
+
+    def progress(self, text: str, done: int, total: int) -> None:
+        if self._is_terminal:
+            if text not in self._tasks:
+                self._tasks[text] = self._progress.add_task(text, total=total, told="")
+            self._progress.update(self._tasks[text], completed=done)
+        elif done and (time.monotonic() - self._told_at > 5 or done == total):
+            self._told_at = time.monotonic()
+            console.print(f"{text} {done}/{total}", highlight=False)
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        if "alarm" in line:
+            console.print(f"step {line['step']}: {line['alarm']}", style="yellow", highlight=False)
+            return
+        told = brief(line)
+        if self._is_terminal and "eval/loss" not in line:
+            self._progress.update(self._tasks["training"], completed=line["step"], told=told)
+        else:
+            console.print(f"step {line['step']}: {told}", highlight=False)
+
+
+def brief(line: Mapping[str, Any]) -> str:
+    """The few numbers of a metrics line that people watch."""
+    shown = ("loss", "rewards/accuracies", "rewards/margins", "kl", "grad_norm", "pairs_per_second")
+    parts = []
+    for prefix in ("", "eval/"):
+        parts += [f"{prefix}{name} {line[prefix + name]:.4g}" for name in shown if prefix + name in line]
+    return "  ".join(parts)
+
+
+def show_summary(summary: Mapping[str, Any]) -> None:
+    """Best and last evaluation side by side, and where everything is."""
+    table = Table(title=f"{summary['status']}" + (f": {summary['stop_reason']}" if summary["stop_reason"] else ""))
+    table.add_column("held out")
+    table.add_column(f"best (step {summary['best_step']})", justify="right")
+    table.add_column(f"last (step {summary['steps']})", justify="right")
+    for name, value in summary["eval"].items():
+        table.add_row(name, f"{summary['best_eval'][name]:.4f}", f"{value:.4f}")
+    console.print(table)
+    rate = summary["pairs_per_second"]
+    console.print(
+        f"{summary['pairs_seen']} pairs in {summary['train_seconds']:.1f} s of training"
+        + (f", {rate:.1f} pairs/s" if rate else "")
+        + "; reference: {computed} computed, {from_store} from the store".format(**summary["reference"])
+    )
+    for alarm in summary["alarms"]:
+        console.print(alarm, style="yellow")
+    console.print(f"model: {summary['model_path']}", highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    import yaml
+
+    print(yaml.safe_dump(dict(plan), sort_keys=False), end="")
+
+
+def show_metrics(title: str, values: Mapping[str, Any]) -> None:
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def show_checks(found: list[dict[str, Any]]) -> None:
+    table = Table()
+    for heading in ("", "what", "found"):
+        table.add_column(heading)
+    for check in found:
+        told = check["found"] if check["is_ok"] else f"{check['found']}: {check['advice']}"
+        table.add_row("ok" if check["is_ok"] else "MISSING", check["name"], told)
+    Console().print(table)
+
+
+def _yaml(content: bytes) -> dict[str, Any]:
+    import yaml
+
+    tree: dict[str, Any] = yaml.safe_load(content)
+    return tree

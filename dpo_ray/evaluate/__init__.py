@@ -1,0 +1,1 @@
+"""What an aligned model is worth: held-out metrics against its reference."""

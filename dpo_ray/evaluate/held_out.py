@@ -1,0 +1,57 @@
+"""Held-out metrics of any model against a reference: both scored through the log-prob store, then pure arithmetic."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_ray.config import RunConfig
+from dpo_ray.data.encode import TokenFiles
+from dpo_ray.losses import loss_function
+from dpo_ray.metrics import held_out, pair_sums
+from dpo_ray.models import ModelSource, weights_fingerprint
+from dpo_ray.reference import ReferenceStore, ReferenceTable, fill
+
+
+def evaluate_model(
+    run: RunConfig,
+    model: ModelSource,
+    reference: ModelSource | None,
+    files: TokenFiles,
+    *,
+    gpus_per_actor: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Loss, rewards, log-probs and accuracies of `model` on pairs, by the names of training (`eval/...`).
+
+    Args:
+        run: Loss, precision, batch, store and cluster are read.
+        reference: None for a loss without one.
+    """
+    pairs = files.open(Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-ray-tokens")
+
+    def table(source: ModelSource) -> ReferenceTable:
+        store = ReferenceStore(str(run.reference.store), weights_fingerprint(source), run.engine.precision)
+        fill(
+            (pairs[i] for i in range(len(pairs))),
+            source,
+            store,
+            run.engine.precision,
+            run.batch,
+            num_actors=run.cluster.num_workers,
+            cpus_per_actor=run.cluster.cpus_per_worker / 2,
+            gpus_per_actor=gpus_per_actor,
+            on_progress=on_progress,
+        )
+        return ReferenceTable(store, pairs)
+
+    numbers = range(len(pairs))
+    scored = table(model)
+    policy = scored.logps(numbers)
+    frozen = None if reference is None else table(reference).logps(numbers)
+    loss = loss_function(run.loss.kind, run.loss.model_dump(exclude={"kind"}))(policy, frozen)
+    sums = pair_sums(policy, frozen, loss, torch.ones(len(pairs), dtype=torch.float64))
+    sums["entropy"] = torch.tensor(scored.entropy)
+    return held_out({name: float(value) for name, value in sums.items()})

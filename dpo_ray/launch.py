@@ -1,0 +1,423 @@
+"""The driver of a training run: recipe -> data, reference pass, Ray Train -> run folder.
+
+The driver follows `metrics.jsonl` while Ray trains: progress and MLflow come from here, so there is one writer, and
+workers report to Ray only at evaluations and checkpoints.
+"""
+
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, Self
+
+import yaml
+
+from dpo_ray.checkpoint import MODEL_FOLDER
+from dpo_ray.config import RunConfig
+from dpo_ray.errors import InputError, RunFailed
+from dpo_ray.metrics import METRICS
+from dpo_ray.models import weights_fingerprint
+from dpo_ray.prepare import Prepared, check_same_run, prepare, reference_source, resolve, step_order, token_report
+from dpo_ray.reference import PassCounts, ReferenceStore, fill
+from dpo_ray.stopping import Evaluation, best_evaluation
+from dpo_ray.storage import Folder, read_lines
+from dpo_ray.train import METRICS_FILE, STOP_FILE, TrainJob, train_loop
+
+logger = logging.getLogger(__name__)
+
+RECIPE_FILE, DATA_REPORT_FILE, SUMMARY_FILE = "recipe.yaml", "data_report.json", "summary.json"
+FOLLOW_INTERVAL_S = 0.3
+
+
+class RunResult(NamedTuple):
+    """A finished, stopped or interrupted run."""
+
+    folder: str
+    summary: dict[str, Any]
+
+
+class Display(Protocol):
+    """Where a run shows how it goes; `cli` has the real one."""
+
+    def phase(self, text: str) -> None: ...
+    def progress(self, text: str, done: int, total: int) -> None: ...
+    def line(self, line: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def phase(self, text: str) -> None:
+        pass
+
+    def progress(self, text: str, done: int, total: int) -> None:
+        pass
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        pass
+
+
+class Interrupt:
+    """A request to save and end, as a signal handler sets it."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+
+def fit(
+    run: RunConfig, *, resume: bool = False, display: Display | None = None, interrupt: Interrupt | None = None
+) -> RunResult:
+    """Train as the recipe says, on the Ray cluster that this process is connected to.
+
+    Args:
+        resume: Continue the run of this name from its last checkpoint, if there is one.
+        interrupt: When it is set, the run saves a checkpoint, ends, and has the status `interrupted`.
+
+    Raises:
+        InputError: The recipe, the data or the cluster does not allow the run; nothing was trained.
+        RunFailed: The run broke off; checkpoints are kept.
+    """
+    display, interrupt = display or Silent(), interrupt or Interrupt()
+    run = resolve(run)
+    folder = Folder(run.folder)
+    before = _claim(run, folder, resume)
+    gpus = check_cluster(run)
+
+    display.phase("reading and encoding pairs")
+    prepared = prepare(run)
+    if before is not None and before.get("data_fingerprint") not in (None, prepared.report["fingerprint"]):
+        raise InputError("cannot resume: the data is not what the run was started with")
+    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-ray-tokens"
+    train, held_out = prepared.train.open(scratch), prepared.held_out.open(scratch)
+    prepared.report["train"] |= token_report(train)
+    prepared.report["held_out"] |= token_report(held_out)
+    folder.write(RECIPE_FILE, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
+    folder.write_json(DATA_REPORT_FILE, prepared.report)
+
+    model, store, counts, fingerprint = reference_source(run), None, PassCounts(0, 0), None
+    if model is not None:
+        display.phase(f"reference log-probs of {len(train) + len(held_out)} pairs")
+        fingerprint = weights_fingerprint(model)
+        store = ReferenceStore(str(run.reference.store), fingerprint, run.engine.precision)
+        counts = fill(
+            (pairs[i] for pairs in (train, held_out) for i in range(len(pairs))),
+            model,
+            store,
+            run.engine.precision,
+            run.batch,
+            num_actors=run.cluster.num_workers,
+            cpus_per_actor=run.cluster.cpus_per_worker / 2,  # Ray Data needs a part of the cluster for itself
+            gpus_per_actor=gpus,
+            on_progress=lambda done, total: display.progress("reference", done, total),
+        )
+        display.phase(f"reference: {counts.computed} responses computed, {counts.from_store} from the store")
+
+    order = step_order(run, len(train))
+    display.phase(
+        f"training {order.num_steps} steps on {run.cluster.num_workers} workers, ZeRO {run.engine.zero_stage}"
+    )
+    display.progress("training", 0, order.num_steps)
+    job = TrainJob(run, prepared.train, prepared.held_out, store, run.reference.path is None)
+    started = time.time()
+    with Follower(run, folder, prepared, display, before) as follower:
+        result = _train(run, job, gpus, folder, follower, interrupt)
+        summary = _summary(run, prepared, result, counts, fingerprint, follower.run_id)
+        summary["wall_seconds"] = round(time.time() - started, 3)
+        if summary["status"] != "interrupted":
+            write_model(folder, run, folder / MODEL_FOLDER, summary)
+            summary["model_path"] = (folder / MODEL_FOLDER).path
+        folder.write_json(SUMMARY_FILE, summary)
+        follower.finish(summary)
+    return RunResult(folder.path, summary)
+
+
+def check_cluster(run: RunConfig) -> float:
+    """GPUs per worker; refuse at once what the cluster can never schedule.
+
+    Raises:
+        InputError: Says what was asked and what is there.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
+    per_worker = run.cluster.gpus_per_worker
+    gpus_per_worker = (1.0 if gpus > 0 else 0.0) if per_worker == "auto" else float(per_worker)
+    workers = run.cluster.num_workers
+    for unit, each, total in (("CPUs", run.cluster.cpus_per_worker, cpus), ("GPUs", gpus_per_worker, gpus)):
+        if workers * each > total:
+            raise InputError(
+                f"`cluster.num_workers`={workers} with {each:g} {unit} each needs {workers * each:g} {unit}; "
+                f"the cluster has {total:g}"
+            )
+    return gpus_per_worker
+
+
+def _claim(run: RunConfig, folder: Folder, resume: bool) -> dict[str, Any] | None:
+    """Make sure that the run folder is ours to write; what is known of the run that is resumed, else None."""
+    folder.check_writable()
+    if not folder.exists(RECIPE_FILE):
+        return None
+    if not resume:
+        raise InputError(f"the run {folder.path} exists; continue it with --resume, or choose another `name`")
+    check_same_run(yaml.safe_load(folder.read(RECIPE_FILE)), run.model_dump(mode="json"))
+    folder.delete(STOP_FILE)
+    known: dict[str, Any] = {}
+    if folder.exists(DATA_REPORT_FILE):
+        known["data_fingerprint"] = folder.read_json(DATA_REPORT_FILE)["fingerprint"]
+    if folder.exists("tracking.json"):
+        known |= folder.read_json("tracking.json")
+    return known
+
+
+def _train(
+    run: RunConfig, job: TrainJob, gpus: float, folder: Folder, follower: "Follower", interrupt: Interrupt
+) -> dict[str, Any]:
+    """Run Ray Train in a thread, so that this one can follow the metrics and take signals; rank 0's return value."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # also how often Ray takes a report
+    from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=run.cluster.num_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": run.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RayRunConfig(
+            name="checkpoints",
+            storage_path=folder.path,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=run.checkpoint.keep,
+                checkpoint_score_attribute="checkpoint_score",
+                checkpoint_score_order="max",
+            ),
+        ),
+    )
+    outcome: list[Any] = []
+
+    def train() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=train, name="ray-train", daemon=True)
+    thread.start()
+    asked = False
+    while thread.is_alive():
+        thread.join(FOLLOW_INTERVAL_S)
+        follower.follow()
+        if interrupt.is_set and not asked:
+            asked = True
+            folder.write(STOP_FILE, b"")
+    follower.follow()
+    folder.delete(STOP_FILE)
+    result = outcome[0]
+    if isinstance(result, BaseException):
+        follower.fail()
+        raise _cause(result, folder)
+    value: dict[str, Any] = result.return_value
+    return value
+
+
+def _cause(error: BaseException, folder: Folder) -> Exception:
+    """What a person can do something about, out of what Ray raised."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    for failure in failures:
+        inner = getattr(failure, "cause", failure)
+        for ours in (InputError, RunFailed):
+            if isinstance(inner, ours):
+                return ours(str(inner))
+    told = failures[0] if failures else error
+    last = [line for line in str(told).strip().splitlines() if line.strip()][-1:]
+    logger.debug("training failed", exc_info=error)
+    folder.write("error.txt", f"{error}\n\n{told}\n".encode())
+    return RunFailed(
+        f"training failed: {''.join(last).strip() or type(told).__name__}\nfull trace: {folder.path}/error.txt"
+    )
+
+
+class Follower:
+    """Reads `metrics.jsonl` as it grows and hands each line to the display and the tracker."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        folder: Folder,
+        prepared: Prepared,
+        display: Display,
+        before: Mapping[str, Any] | None,
+    ) -> None:
+        from dpo_ray.tracking import open_tracker, recipe_params
+
+        self._folder, self._display, self._run = folder, display, run
+        self._tracker = open_tracker(run)
+        resumed = (before or {}).get("mlflow_run_id")
+        tags = {"dpo_ray.version": version("dpo-ray"), "dpo_ray.folder": folder.path}
+        self.run_id = self._tracker.start(run.name, recipe_params(run), tags, resume=resumed)
+        folder.write_json("tracking.json", {"mlflow_run_id": self.run_id})
+        for name in (RECIPE_FILE, DATA_REPORT_FILE):
+            self._tracker.log_file(folder.read(name).decode(), name)
+        self._read, self._seen = 0, self._old_lines()
+        self._is_closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.fail()
+
+    def follow(self) -> None:
+        """Take the lines that have come since."""
+        if not self._folder.exists(METRICS_FILE):
+            return
+        content = self._folder.read(METRICS_FILE)
+        if len(content) < self._read:  # a resumed run has cut the lines after its checkpoint
+            self._read = 0
+        new, self._read = content[self._read :], content.rfind(b"\n") + 1
+        for line in read_lines(new):
+            key = (line["step"], *sorted(line))
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            self._display.line(line)
+            metrics = {name: value for name, value in line.items() if name != "step" and not isinstance(value, str)}
+            self._tracker.log(metrics, line["step"])
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Close the tracked run with its summary; register the model where the recipe asks."""
+        self._tracker.log_file(self._folder.read(SUMMARY_FILE).decode(), SUMMARY_FILE)
+        if self._run.tracking.register_as and summary["model_path"]:
+            self._tracker.register(summary["model_path"], self._run.tracking.register_as)
+        self._tracker.finish(summary["status"])
+        self._is_closed = True
+
+    def fail(self) -> None:
+        """Close the tracked run as failed, once."""
+        if not self._is_closed:
+            self._tracker.finish("failed")
+            self._is_closed = True
+
+    def _old_lines(self) -> set[tuple[Any, ...]]:
+        """Lines of the run before it was resumed."""
+        if not self._folder.exists(METRICS_FILE):
+            return set()
+        return {(line["step"], *sorted(line)) for line in read_lines(self._folder.read(METRICS_FILE))}
+
+
+def _summary(
+    run: RunConfig,
+    prepared: Prepared,
+    result: Mapping[str, Any],
+    counts: PassCounts,
+    fingerprint: str | None,
+    run_id: str | None,
+) -> dict[str, Any]:
+    """`summary.json` of a run that came to an end."""
+    state = result["state"]
+    evaluations = [Evaluation(*item) for item in state["evaluations"]]
+    best = best_evaluation(evaluations, run.best_metric)
+    seconds, reason = state["train_seconds"], state["stop_reason"]
+    status = "completed" if reason is None else "interrupted" if reason == "interrupted" else "stopped_early"
+    return {
+        "status": status,
+        "stop_reason": reason,
+        "steps": state["step"],
+        "num_steps": result["num_steps"],
+        "best_step": best.step if best else None,
+        "best_metric": run.best_metric,
+        "pairs_seen": result["pairs_seen"],
+        "world_size": state["world_size"],
+        "resumed_from_step": result["resumed_from_step"],
+        "restarts": 0,
+        "eval": evaluations[-1].metrics if evaluations else {},
+        "best_eval": best.metrics if best else {},
+        "alarms": state["alarms"],
+        "train_seconds": round(seconds, 3),
+        "pairs_per_second": round(result["pairs_seen"] / seconds, 3) if seconds else None,
+        "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None,
+        "padding_fraction": round(1 - state["filled"] / state["slots"], 4) if state["slots"] else None,
+        "mfu": None,
+        "peak_memory_gib": round(result["peak_memory_gib"], 3),
+        "overflowed_steps": result["overflowed_steps"],
+        "reference": {"computed": counts.computed, "from_store": counts.from_store},
+        "data_fingerprint": prepared.report["fingerprint"],
+        "reference_fingerprint": fingerprint,
+        "model_path": None,
+        "mlflow_run_id": run_id,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("dpo-ray", "torch", "transformers", "deepspeed", "ray")},
+        },
+    }
+
+
+def list_checkpoints(folder: Folder) -> dict[int, bool]:
+    """Steps of a run's checkpoints that are whole, and whether each was the best when it was written."""
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.exists("checkpoint_manager_snapshot.json"):
+        return {}
+    snapshot = checkpoints.read_json("checkpoint_manager_snapshot.json")
+    listed = [*snapshot["checkpoint_results"], snapshot["latest_checkpoint_result"]]
+    found = {item["metrics"]["step"]: bool(item["metrics"]["is_best"]) for item in listed if item}
+    return dict(sorted(found.items()))
+
+
+def write_model(
+    folder: Folder, run: RunConfig, target: Folder, summary: Mapping[str, Any] | None, step: int | None = None
+) -> int:
+    """Copy the model of a checkpoint, with a card, out of a run folder: the best one, else the last.
+
+    Returns:
+        The checkpoint's step.
+
+    Raises:
+        InputError: There is no such checkpoint.
+    """
+    steps = list_checkpoints(folder)
+    if not steps:
+        raise InputError(f"{folder.path} has no checkpoint")
+    if step is not None and step not in steps:
+        raise InputError(f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    chosen = step if step is not None else max((s for s, is_best in steps.items() if is_best), default=max(steps))
+    target.delete()
+    target.copy_from(f"{folder.path}/checkpoints/step-{chosen:06d}/{MODEL_FOLDER}")
+    target.write("README.md", model_card(run, chosen, summary).encode())
+    return chosen
+
+
+def model_card(run: RunConfig, step: int, summary: Mapping[str, Any] | None) -> str:
+    """The README of an exported model: how it was made, and what was measured."""
+    library = "peft" if run.model.lora else "transformers"
+    sources = "\n".join(f"- {source.path}" for source in run.data.sources)
+    settings = ", ".join(f"{key} {value}" for key, value in run.loss.model_dump(exclude={"kind"}).items())
+    rows = ""
+    best = (summary or {}).get("best_eval") or {}
+    if best and summary is not None and summary["best_step"] == step:
+        rows = "\n## Held-out pairs\n\n| metric | value | meaning |\n|---|---|---|\n" + "".join(
+            f"| {name} | {best[name]:.4g} | {metric.meaning} |\n" for name, metric in METRICS.items() if name in best
+        )
+        rows += f"\n{best['num_pairs']} pairs; 95 % interval of the accuracies " if "rewards/accuracies" in best else ""
+        if "rewards/accuracies" in best:
+            rows += f"{best['rewards/accuracies_low']:.3f} to {best['rewards/accuracies_high']:.3f}.\n"
+    return (
+        f"---\nbase_model: {run.model.path}\nlibrary_name: {library}\ntags:\n- {run.loss.kind}\n- dpo-ray\n---\n\n"
+        f"# {run.name}\n\n{run.model.path}, trained with `{run.loss.kind}`"
+        + (f" ({settings})" if settings else "")
+        + f" by dpo-ray {version('dpo-ray')}; checkpoint of step {step}.\n\n## Data\n\n{sources}\n{rows}"
+    )

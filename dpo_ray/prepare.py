@@ -1,0 +1,236 @@
+"""From a recipe to everything that training needs, on the driver: token files, held-out pairs, the plan.
+
+Runs before any process group exists and without Ray, so `--dry-run` and every check of the user's input live here.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dpo_ray.config import RunConfig
+from dpo_ray.data.batching import Lengths, StepOrder, plan_step
+from dpo_ray.data.encode import PairEncoder, TokenFiles, TokenTable, encode_to_files
+from dpo_ray.data.mixture import load_pool
+from dpo_ray.errors import InputError
+from dpo_ray.losses import REFERENCE_FREE
+from dpo_ray.metrics import METRICS
+from dpo_ray.models import ModelSource, end_token_ids, load_tokenizer, policy_source, read_config
+from dpo_ray.stopping import check_metric
+from dpo_ray.storage import Folder, absolute
+
+
+class Prepared(NamedTuple):
+    """Encoded pairs of a run and what is known about them."""
+
+    train: TokenFiles
+    held_out: TokenFiles
+    report: dict[str, Any]
+    """`data_report.json`."""
+
+
+def resolve(run: RunConfig) -> RunConfig:
+    """The recipe with local paths made absolute, so that it means the same on every node and in a later command."""
+
+    def existing(path: str) -> str:
+        """Hub names stay; what is there on this disk becomes absolute."""
+        return absolute(path) if path.startswith(("~", ".")) or Folder(path).exists() else path
+
+    def sources(listed: Any) -> tuple[Any, ...]:
+        return tuple(source.model_copy(update={"path": existing(source.path)}) for source in listed)
+
+    storage = run.storage.model_copy(update={"path": absolute(run.storage.path)})
+    store = run.reference.store or f"{storage.path}/.reference"
+    reference_path = None if run.reference.path is None else existing(run.reference.path)
+    reference = run.reference.model_copy(update={"path": reference_path, "store": absolute(store)})
+    held_out = run.data.eval.model_copy(update={"sources": sources(run.data.eval.sources)})
+    data = run.data.model_copy(update={"sources": sources(run.data.sources), "eval": held_out})
+    model = run.model.model_copy(update={"path": existing(run.model.path)})
+    return run.model_copy(update={"storage": storage, "reference": reference, "data": data, "model": model})
+
+
+def reference_source(run: RunConfig) -> ModelSource | None:
+    """The frozen model of the loss: the named one, or the policy before training; None where the loss has none."""
+    if run.loss.kind in REFERENCE_FREE:
+        return None
+    if run.reference.path is None:
+        return policy_source(run.model)
+    return ModelSource(run.reference.path, run.reference.revision, run.model.trust_remote_code)
+
+
+def check_recipe(run: RunConfig) -> None:
+    """What can be known to be wrong before the data is read.
+
+    Raises:
+        InputError: Names the key.
+    """
+    if run.early_stopping is not None:
+        rewards = run.loss.kind not in REFERENCE_FREE
+        check_metric(
+            run.early_stopping.metric, [m for m in METRICS if rewards or not (m.startswith("rewards/") or m == "kl")]
+        )
+    context = getattr(read_config(policy_source(run.model)), "max_position_embeddings", None)
+    if context is not None and run.data.max_tokens > context:
+        raise InputError(
+            f"`data.max_tokens`={run.data.max_tokens} is more than the {context} positions of {run.model.path}"
+        )
+
+
+def prepare(run: RunConfig) -> Prepared:
+    """Read, check, split and encode the pairs of a resolved recipe.
+
+    Raises:
+        InputError: Bad input, named by key, or file and row; or no pair is left.
+    """
+    check_recipe(run)
+    policy = policy_source(run.model)
+    encoder = PairEncoder(load_tokenizer(policy), run.data, end_token_ids(policy))
+    pool = load_pool(run.data)
+    cache = Folder(run.storage.path) / ".tokens"
+    train, encoded = encode_to_files(pool.train, encoder, cache, run.data.num_pairs)
+    held_out, encoded_held_out = encode_to_files(pool.held_out, encoder, cache)
+    if train.num_pairs == 0:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in encoded["dropped"].items())
+        raise InputError(
+            f"none of {len(pool.train)} training pairs can be used: {reasons}"
+            + (f"; `data.max_tokens` is {run.data.max_tokens}" if "over_long" in reasons else "")
+        )
+    report = {
+        **pool.report,
+        "train": {"pairs": train.num_pairs, **encoded},
+        "held_out": {"pairs": held_out.num_pairs, **encoded_held_out},
+        "fingerprint": data_fingerprint(train, held_out),
+    }
+    return Prepared(train, held_out, report)
+
+
+def data_fingerprint(train: TokenFiles, held_out: TokenFiles) -> str:
+    """Hash of what is trained and evaluated on: contents, encoding, order, counts."""
+    content = repr((train.parts, train.num_pairs, held_out.parts, held_out.num_pairs))
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def token_report(table: TokenTable) -> dict[str, Any]:
+    """Token counts of encoded pairs, and a look at the first one's ids."""
+    lengths = [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in table]
+    if not lengths:
+        return {"tokens": 0}
+    totals = sorted(sum(item) for item in lengths)
+    return {
+        "tokens": sum(totals),
+        "prompt_tokens": sum(item[0] for item in lengths),
+        "response_tokens": sum(item[1] + item[2] for item in lengths),
+        "pair_tokens": {"median": totals[len(totals) // 2], "p95": totals[int(len(totals) * 0.95)], "max": totals[-1]},
+        "chosen_longer": sum(c > r for _, c, r in lengths) / len(lengths),
+    }
+
+
+def describe_plan(run: RunConfig, prepared: Prepared, train: TokenTable) -> dict[str, Any]:
+    """What a run would do: pairs, steps, tokens, passes of the first step, memory."""
+    order = step_order(run, prepared.train.num_pairs)
+    first = [train[number] for number in order.pairs_of(1)]
+    plan = plan_step(
+        [Lengths(len(p.prompt_ids), (len(p.chosen_ids), len(p.rejected_ids))) for p in first],
+        num_workers=run.cluster.num_workers,
+        tokens_per_device=run.batch.tokens_per_device,
+        row_tokens=run.batch.row_tokens,
+        layout=run.batch.layout,
+    )
+    return {
+        "train_pairs": prepared.train.num_pairs,
+        "held_out_pairs": prepared.held_out.num_pairs,
+        "steps": order.num_steps,
+        "epochs": order.epoch_at(order.num_steps),
+        "pairs_per_step": run.batch.pairs_per_step,
+        "workers": run.cluster.num_workers,
+        "forward_passes_per_step": len(plan),
+        **token_report(train),
+        "memory": memory_estimate(run),
+    }
+
+
+def step_order(run: RunConfig, num_pairs: int) -> StepOrder:
+    """The pairs of every step of a run."""
+    return StepOrder(
+        num_pairs,
+        run.batch.pairs_per_step,
+        seed=run.train.seed,
+        epochs=run.train.epochs,
+        max_steps=run.train.max_steps,
+    )
+
+
+def memory_estimate(run: RunConfig) -> dict[str, Any]:
+    """GiB of one worker at its peak, from shapes alone: weights, gradients, optimizer, activations.
+
+    Adam keeps two fp32 moments, and mixed precision an fp32 copy of the weights; ZeRO-1 shards these, ZeRO-2 also the
+    gradients, ZeRO-3 also the weights (Rajbhandari et al. 2020, arXiv:1910.02054, section 3). Activations: the inputs
+    of some 16 operations a layer, or of the layer alone with checkpointing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(policy_source(run.model))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in model.parameters())
+    trained = total if run.model.lora is None else _lora_parameters(model, run.model.lora.rank)
+    workers, stage = run.cluster.num_workers, run.engine.zero_stage
+    size = 4 if run.engine.precision == "fp32" else 2
+    weights = total * size / (workers if stage == 3 else 1)
+    gradients = trained * size / (workers if stage >= 2 else 1)
+    optimizer = trained * (8 if size == 4 else 12) / (workers if stage >= 1 else 1)
+    kept = (
+        2
+        if run.engine.activation_checkpointing
+        else 16 + 4 * config.num_attention_heads * run.batch.row_tokens / config.hidden_size
+    )
+    activations = run.batch.tokens_per_device * config.hidden_size * size * config.num_hidden_layers * kept
+    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations}
+    if run.engine.offload_optimizer:
+        parts["optimizer"] = 0.0
+    gib = {name: round(value / 2**30, 3) for name, value in parts.items()}
+    return {"parameters": total, "trained_parameters": trained, "gib_per_worker": round(sum(gib.values()), 3), **gib}
+
+
+def _lora_parameters(model: Any, rank: int) -> int:
+    """Parameters of rank-r adapters on every linear layer but the output layer."""
+    import torch
+
+    output = model.get_output_embeddings()
+    layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output)
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+
+
+RESUMABLE = ("storage", "eval", "early_stopping", "checkpoint", "cluster", "tracking")
+"""Sections that a resumed run may change; the others decide its numbers."""
+
+RESUMABLE_KEYS = (
+    "train.epochs",
+    "train.max_steps",
+    "train.log_every_steps",
+    "batch.tokens_per_device",
+    "batch.row_tokens",
+    "reference.store",
+)
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume with a recipe that would make it another run.
+
+    Args:
+        before, now: Resolved recipes as trees.
+
+    Raises:
+        InputError: Names the first key that differs.
+    """
+    for section in now:
+        if section in RESUMABLE:
+            continue
+        old, new = before.get(section), now[section]
+        if not isinstance(new, Mapping) or not isinstance(old, Mapping):
+            if old != new:
+                raise InputError(f"cannot resume: `{section}` was {old!r} and is now {new!r}")
+            continue
+        for key in new:
+            if f"{section}.{key}" not in RESUMABLE_KEYS and old.get(key) != new[key]:
+                raise InputError(f"cannot resume: `{section}.{key}` was {old.get(key)!r} and is now {new[key]!r}")

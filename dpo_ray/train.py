@@ -1,0 +1,331 @@
+"""What one worker does, top to bottom: load, check, step, evaluate, save.
+
+Runs inside Ray Train's process group. All ranks hold the same plan and the same reduced numbers, so they decide alike
+(evaluate, save, stop) without talking. Rank 0 writes `metrics.jsonl`; the driver reads it.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from dpo_ray import checkpoint
+from dpo_ray.checkpoint import TrainState
+from dpo_ray.config import BatchConfig, RunConfig
+from dpo_ray.data.batching import Lengths, MicroBatch, StepOrder, make_batch, plan_step
+from dpo_ray.data.encode import TokenFiles, TokenTable
+from dpo_ray.engine import ZeroEngine, sharded_loading
+from dpo_ray.errors import RunFailed
+from dpo_ray.losses import LossFunction, PairLogps, loss_function
+from dpo_ray.metrics import MetricSums, held_out, means, pair_sums
+from dpo_ray.models import copy_generation_settings, export, load_policy, load_tokenizer, policy_source
+from dpo_ray.pairs import TokenizedPair
+from dpo_ray.reference import ReferenceStore, ReferenceTable
+from dpo_ray.stopping import Evaluation, best_evaluation, decide, overtraining
+from dpo_ray.storage import Folder
+
+METRICS_FILE = "metrics.jsonl"
+STOP_FILE = ".stop"
+"""The driver writes it to ask for a checkpoint and an end."""
+
+STOP_POLL_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """What the driver sends to every worker: values only."""
+
+    run: RunConfig
+    train_pairs: TokenFiles
+    held_out_pairs: TokenFiles
+    reference: ReferenceStore | None
+    """None for a loss without a reference."""
+    reference_is_start: bool
+    """The reference is the model before training, so the first loss must be ln 2."""
+
+
+def train_loop(job: TrainJob) -> dict[str, Any]:
+    """Train on this worker; returns the workers' part of `summary.json`."""
+    run, context = job.run, ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
+    log = RunLog(run.folder) if rank == 0 else None
+
+    with tempfile.TemporaryDirectory() as scratch:
+        train = PairSet(job.train_pairs, job.reference, run.batch, Path(scratch))
+        evaluation = PairSet(job.held_out_pairs, job.reference, run.batch, Path(scratch))
+        order = StepOrder(
+            len(train.pairs),
+            run.batch.pairs_per_step,
+            seed=run.train.seed,
+            epochs=run.train.epochs,
+            max_steps=run.train.max_steps,
+        )
+        with sharded_loading(run.engine, run.optim):
+            model = load_policy(run.model, run.engine.precision, run.train.seed)
+        worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size)
+        torch.manual_seed(run.train.seed + rank)
+        state = restore(worker.engine, rank, world_size)
+        resumed_from = state.step
+        if state.step == 0:
+            worker.self_check(train, order.pairs_of(1), job.reference_is_start)
+        else:
+            state.stop_reason = None
+        if log is not None:
+            log.begin(state.step)
+
+        while state.step < order.num_steps and state.stop_reason is None:
+            began = time.perf_counter()
+            step = state.step + 1
+            sums = worker.step(train, order.pairs_of(step), step)
+            state.since_log = {name: state.since_log.get(name, 0.0) + sums[name] for name in sums}
+            state.step, state.train_seconds = step, state.train_seconds + time.perf_counter() - began
+            state.tokens, state.slots, state.filled = (
+                state.tokens + int(sums["tokens"]), state.slots + int(sums["slots"]), state.filled + int(sums["filled"])
+            )  # fmt: skip
+            is_last = step == order.num_steps
+            interrupted = sums["stop_requested"] > 0
+
+            if step == 1 or step % run.train.log_every_steps == 0 or is_last:
+                line = means(state.since_log) | worker.last_step
+                state.train_lines.append(Evaluation(step, line))
+                if log is not None:
+                    log.write({"step": step, "epoch": order.epoch_at(step), **line, "seconds": state.train_seconds})
+                state.since_log = {}
+
+            evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
+            if evaluated:
+                line = held_out(worker.evaluate(evaluation))
+                state.evaluations.append(Evaluation(step, {k.removeprefix("eval/"): v for k, v in line.items()}))
+                if log is not None:
+                    log.write({"step": step, "epoch": order.epoch_at(step), **line})
+                if run.early_stopping is not None and not is_last:
+                    state.stop_reason = decide(run.early_stopping, state.evaluations).reason
+                alarm = overtraining(state.train_lines, state.evaluations)
+                if alarm is not None and not state.alarms:
+                    state.alarms.append(alarm)
+                    if log is not None:
+                        log.write({"step": step, "alarm": alarm})
+            if interrupted:
+                state.stop_reason = "interrupted"
+
+            best = best_evaluation(state.evaluations, run.best_metric)
+            is_best = evaluated and best is not None and best.step == step
+            ends = is_last or state.stop_reason is not None
+            if is_best or ends or step % run.checkpoint.every_steps == 0:
+                save(worker, job, state, is_best)
+            elif evaluated:
+                ray.train.report(report_metrics(state))
+
+        return {
+            "state": dataclasses.asdict(state),
+            "resumed_from_step": resumed_from or None,
+            "peak_memory_gib": worker.peak_memory_gib(),
+            "overflowed_steps": worker.engine.overflowed_steps,
+            "pairs_seen": order.pairs_before(state.step),
+            "num_steps": order.num_steps,
+        }
+
+
+class PairSet:
+    """Tokenised pairs with their reference log-probs, cut into micro-batches on demand."""
+
+    def __init__(self, files: TokenFiles, reference: ReferenceStore | None, batch: BatchConfig, scratch: Path) -> None:
+        self.pairs: TokenTable = files.open(scratch)
+        self.reference = None if reference is None else ReferenceTable(reference, self.pairs)
+        self._batch = batch
+
+    def plan(self, numbers: Sequence[int], num_workers: int) -> tuple[list[TokenizedPair], list[list[MicroBatch]]]:
+        """The pairs of a step, and `plan[m][rank]` over them."""
+        pairs = [self.pairs[number] for number in numbers]
+        plan = plan_step(
+            [Lengths(len(p.prompt_ids), (len(p.chosen_ids), len(p.rejected_ids))) for p in pairs],
+            num_workers=num_workers,
+            tokens_per_device=self._batch.tokens_per_device,
+            row_tokens=self._batch.row_tokens,
+            layout=self._batch.layout,
+        )
+        return pairs, plan
+
+
+class Worker:
+    """The engine with a loss: forward passes over planned pairs, for training and for evaluation alike."""
+
+    def __init__(self, engine: ZeroEngine, run: RunConfig, rank: int, world_size: int) -> None:
+        self.engine, self.rank, self.world_size = engine, rank, world_size
+        self.last_step: dict[str, float] = {}
+        self._run = run
+        options = run.loss.model_dump(exclude={"kind"})
+        self._loss: LossFunction = loss_function(run.loss.kind, options)
+        self._stop_file, self._polled = Folder(run.folder), 0.0
+
+    def step(self, pair_set: PairSet, numbers: Sequence[int], step: int) -> dict[str, float]:
+        """One optimizer step on the pairs `numbers`: the exact mean gradient over them. Returns reduced sums.
+
+        Raises:
+            RunFailed: The loss is not finite; the step was not taken, the pairs are written to `bad_step.json`.
+        """
+        self.engine.train(True)
+        sums = self._pass(pair_set, numbers, divide_by=len(numbers))
+        sums.add({"stop_requested": self._stop_requested()})
+        reduced = sums.reduced()
+        if not math.isfinite(reduced["loss"]):
+            if self.rank == 0:
+                ids = [pair_set.pairs[number].pair_id for number in numbers]
+                Folder(self._run.folder).write_json("bad_step.json", {"step": step, "pair_ids": ids})
+            raise RunFailed(f"the loss of step {step} is not finite; its pairs are in {self._run.folder}/bad_step.json")
+        self.last_step = self.engine.step(step)
+        return reduced
+
+    def evaluate(self, pair_set: PairSet) -> dict[str, float]:
+        """Reduced sums over all pairs of a set."""
+        self.engine.train(False)
+        with torch.no_grad():
+            return self._pass(pair_set, range(len(pair_set.pairs)), divide_by=None).reduced()
+
+    def _pass(self, pair_set: PairSet, numbers: Sequence[int], divide_by: int | None) -> MetricSums:
+        """Forward (and backward, where the loss is divided) over this rank's micro-batches."""
+        pairs, plan = pair_set.plan(numbers, self.world_size)
+        branches = [pair.branches for pair in pairs]
+        device, sums = self.engine.device, MetricSums()
+        for m, ranks in enumerate(plan):
+            mine = ranks[self.rank]
+            batch = make_batch(branches, mine.rows, self._run.batch.layout)
+            responses = self.engine(batch)
+            policy = PairLogps(
+                responses.logps[0::2], responses.logps[1::2], responses.num_tokens[0::2], responses.num_tokens[1::2]
+            )
+            reference = None
+            if pair_set.reference is not None:
+                reference = pair_set.reference.logps([numbers[i] for i in mine.items], device)
+            loss = self._loss(policy, reference)
+            weights = torch.full_like(policy.chosen.detach(), float(mine.counts))
+            if divide_by is not None:
+                self.engine.backward((loss.loss * weights).sum() / divide_by, is_last=m == len(plan) - 1)
+            counted = float(mine.counts)
+            sums.add(pair_sums(policy, reference, loss, weights))
+            sums.add(
+                {
+                    "entropy": responses.entropy.sum() * counted,
+                    "tokens": torch.tensor(batch.num_tokens * counted, dtype=torch.float64, device=device),
+                    "slots": torch.tensor(float(batch.num_slots), dtype=torch.float64, device=device),
+                    "filled": torch.tensor(batch.num_filled * counted, dtype=torch.float64, device=device),
+                }
+            )
+        return sums
+
+    def self_check(self, pair_set: PairSet, numbers: Sequence[int], reference_is_start: bool) -> None:
+        """Refuse to train when the policy, before step 1, does not give its stored reference log-probs: loss ln 2.
+
+        Raises:
+            RunFailed: Says by how much, and for which pair.
+        """
+        if pair_set.reference is None or not reference_is_start or self._run.loss.kind != "dpo":
+            return
+        lora = self._run.model.lora
+        if lora is not None and lora.dropout > 0:
+            return
+        self.engine.train(False)
+        with torch.no_grad():
+            reduced = self._pass(pair_set, numbers, divide_by=None).reduced()
+        count = reduced["num_pairs"]
+        loss, margin = reduced["loss"] / count, reduced["rewards/margins"] / count
+        tolerance = 1e-4 if self._run.engine.precision == "fp32" else 5e-2
+        if abs(loss - math.log(2)) > tolerance:
+            raise RunFailed(
+                f"self-check: policy and reference differ before step 1: loss {loss:.6f} instead of ln 2 = 0.693147, "
+                f"mean reward margin {margin:.4g} over {count:.0f} pairs; is {self._run.reference.store} of this model?"
+            )
+
+    def _stop_requested(self) -> torch.Tensor:
+        """1 where the driver asked for an end; rank 0 looks, at most once a second, and the sum tells all."""
+        now, asked = time.monotonic(), False
+        if self.rank == 0 and now - self._polled > STOP_POLL_S:
+            self._polled, asked = now, self._stop_file.exists(STOP_FILE)
+        return torch.tensor(float(asked), dtype=torch.float64, device=self.engine.device)
+
+    def peak_memory_gib(self) -> float:
+        """Largest peak over ranks: of the GPU's memory, or of the process on a CPU."""
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        value = torch.tensor(peak / 2**30, dtype=torch.float64, device=self.engine.device)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return float(value)
+
+
+class RunLog:
+    """`metrics.jsonl` of the run folder, written by rank 0."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Folder(folder)
+
+    def begin(self, step: int) -> None:
+        """Drop lines after the step that the run starts from: they will be written again."""
+        if not self._folder.exists(METRICS_FILE):
+            return
+        lines = self._folder.read(METRICS_FILE).decode().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self._folder.write(METRICS_FILE, "".join(line + "\n" for line in kept).encode())
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._folder.append(METRICS_FILE, json.dumps(line))
+
+
+def restore(engine: ZeroEngine, rank: int, world_size: int) -> TrainState:
+    """Continue from the last checkpoint of this run, if there is one."""
+    last = ray.train.get_checkpoint()
+    if last is None:
+        return TrainState(world_size=world_size)
+    with last.as_directory() as path:
+        folder = Path(path)
+        state = checkpoint.load_state(folder, world_size)
+        engine.load(folder)
+        checkpoint.load_rng(folder, rank)
+        torch.distributed.barrier()  # remote storage removes the folder when the first rank leaves
+    return state
+
+
+def save(worker: Worker, job: TrainJob, state: TrainState, is_best: bool) -> None:
+    """Report a checkpoint: every rank its shards, rank 0 also the progress and the model in Hugging Face format."""
+    folder = Path(tempfile.mkdtemp())
+    worker.engine.save(folder)
+    weights = worker.engine.full_weights()
+    checkpoint.save_rng(folder, worker.rank)
+    if worker.rank == 0:
+        source, model_folder = policy_source(job.run.model), folder / checkpoint.MODEL_FOLDER
+        export(
+            worker.engine.model,
+            weights,
+            load_tokenizer(source),
+            model_folder,
+            dtype=job.run.model.dtype,
+        )
+        copy_generation_settings(source, model_folder)
+        (folder / checkpoint.STATE_FILE).write_text(state.to_json())
+    # Ray keeps the highest scores, and the last one: a new best outranks the bests before it, and all that are none.
+    score = float(state.step) - (0.0 if is_best else 1e9)
+    ray.train.report(
+        report_metrics(state) | {"checkpoint_score": score, "is_best": is_best},
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        checkpoint_dir_name=f"step-{state.step:06d}",
+    )
+
+
+def report_metrics(state: TrainState) -> dict[str, Any]:
+    """What Ray (and a Tune trial) sees: the step, the last training line and the last evaluation."""
+    metrics: dict[str, Any] = {"step": state.step}
+    if state.train_lines:
+        metrics |= state.train_lines[-1].metrics
+    if state.evaluations:
+        metrics |= {f"eval/{name}": value for name, value in state.evaluations[-1].metrics.items()}
+    return metrics
