@@ -1,0 +1,124 @@
+"""The layers: who may import whom, and where the heavy dependencies live. A new module must be placed here."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Highest first: a module imports from the rows above its own and from its own row. `data` stands for all of `data.*`.
+LAYERS = {
+    "words": ["config", "pairs", "errors"],
+    "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
+    "material": ["storage", "data", "models", "checkpoint", "tracking", "report", "recipe_reference", "prepare"],
+    "machinery": ["engine", "reference", "generate"],
+    "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
+    "launch": ["launch", "sweep", "submit"],
+    "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
+}
+ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
+WITHOUT_RAY = {"words", "mathematics", "material"}
+
+HOMES = {"deepspeed": {"engine", "checkpoint"}, "mlflow": {"tracking"}}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    module_name(path): path
+    for package in ("dpo_ray", "serve", "tune_spaces")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+PACKAGES = sorted(name for name, path in FILES.items() if path.name == "__init__.py")
+MODULES = sorted(set(FILES) - set(PACKAGES))
+
+
+def imported(name: str) -> Iterator[str]:
+    """Every import of a module, at any depth, as full dotted names; also `import_module("...")`."""
+    package = name if name in PACKAGES else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                anchor = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*anchor, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield whole if whole in FILES else base
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (str(value.value) for value in node.args[:1] if isinstance(value, ast.Constant))
+
+
+def place(name: str) -> str:
+    """The entry of the table that a module belongs to."""
+    short = name.removeprefix("dpo_ray.")
+    for entry in (short, short.rpartition(".")[0], short.partition(".")[0]):
+        if entry in ROW:
+            return entry
+    pytest.fail(f"{name} has no layer: place it in the table of {Path(__file__).name}")
+
+
+def ours(name: str) -> set[str]:
+    """The modules of ours that a module imports, packages left out (they hold nothing)."""
+    return {target for target in imported(name) if target in MODULES}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_from_its_layer_and_those_above(name: str):
+    row = ROW[place(name)]
+    wrong = [target for target in ours(name) if ROW[place(target)] > row]
+    assert not wrong, f"{name} imports from a later layer: {wrong}"
+
+
+def test_no_import_goes_in_a_circle():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for target in sorted(ours(name)):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_heavy_dependencies_stay_in_their_homes(name: str):
+    layer = list(LAYERS)[ROW[place(name)]]
+    for target in imported(name):
+        library = target.partition(".")[0]
+        assert place(name) in HOMES.get(library, {place(name)}), f"{name} imports {library}"
+        assert not (library == "ray" and layer in WITHOUT_RAY), f"{name} ({layer}) imports ray"
+
+
+def test_serving_reaches_no_module_that_imports_deepspeed():
+    seen: set[str] = set()
+    waiting = [name for name in MODULES if place(name) == "serve"]
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += ours(name)
+    assert not [name for name in seen if any(t.partition(".")[0] == "deepspeed" for t in imported(name))]
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_itself_imports_nothing(name: str):
+    assert not list(imported(name))
+
+
+def test_a_recipe_is_read_without_torch_ray_or_pandas():
+    code = "import dpo_ray.config, sys; print([m for m in ('torch', 'ray', 'pandas', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
