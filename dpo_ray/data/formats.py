@@ -262,6 +262,8 @@ def _graded(value: Value, source: SourceConfig) -> Comparisons:
     """GSM8K's model solutions: each right one against each wrong one; where none is right, the human solution against
     the last model's."""
     solutions = [item for item in value.values() if isinstance(item, dict) and "is_correct" in item]
+    if not solutions:
+        raise RowError("no solution with `is_correct`")
     right = [_need(item, "solution") for item in solutions if item["is_correct"]]
     wrong = [_need(item, "solution") for item in solutions if not item["is_correct"]]
     if not right and value.get("ground_truth") is not None:

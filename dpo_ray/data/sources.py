@@ -71,10 +71,7 @@ def read_rows(source: SourceConfig) -> Iterator[Row]:
 def _find(path: str, split: str | None) -> list[File]:
     """The files behind a path; none where it is the name of a data set on the hub."""
     filesystem, inner = locate(path)
-    try:
-        kind = filesystem.get_file_info(inner).type
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot open {path}: {_one_line(error)}") from None
+    kind = _info(filesystem, inner, path).type
     if kind == fs.FileType.File:
         if split is not None:
             raise InputError(f"{path} is one file; `split` is for folders and for data sets on the hub")
@@ -85,40 +82,46 @@ def _find(path: str, split: str | None) -> list[File]:
         return [File(filesystem, inner, path)]
     wildcard = re.search(r"\*" if is_uri(path) else r"[*?]", path)  # in a URI, `?` begins the filesystem's options
     if kind == fs.FileType.Directory:
-        base, shown, pattern = inner.rstrip("/"), path.rstrip("/"), None
+        base, shown, pattern = inner.rstrip("/"), path.rstrip("/"), "**/*"
     elif wildcard:
-        base = re.split(r"/[^/]*[*?]", inner, maxsplit=1)[0]
+        base = re.split(r"[*?]", inner, maxsplit=1)[0].rpartition("/")[0]
         shown = path[: wildcard.start()].rpartition("/")[0]
-        pattern = _glob(inner[len(base) + 1 :])
+        pattern = inner[len(base) :].lstrip("/")
     else:
         is_file = is_uri(path) or path.startswith((".", "/", "~")) or _suffixes(path)[0] in READERS
         if is_file or not HUB_NAME.fullmatch(path):
             raise InputError(f"no data at {path}")
         return []
+    wanted = _glob(pattern)
     in_split = re.compile(rf"(^|[/._-]){re.escape(split)}([/._-]|$)" if split else "")
-    names = [
+    selector = fs.FileSelector(base, recursive="/" in pattern, allow_not_found=True)
+    found = (PurePosixPath(f.path) for f in _info(filesystem, selector, path) if f.type == fs.FileType.File)
+    names = sorted(
         name
-        for name in _names(filesystem, base)
-        if (pattern is None or pattern.fullmatch(name)) and in_split.search(name) and _suffixes(name)[0] in READERS
-    ]
+        for name in (str(file.relative_to(base)) for file in found)
+        if wanted.fullmatch(name) and in_split.search(name) and _is_data(name)
+    )
     if not names:
         raise InputError(f"no data at {path}" + (f" of the split `{split}`" if split else ""))
-    return [File(filesystem, f"{base}/{name}", f"{shown}/{name}" if shown else name) for name in names]
+    return [File(filesystem, str(PurePosixPath(base, name)), f"{shown}/{name}" if shown else name) for name in names]
 
 
-def _names(filesystem: fs.FileSystem, base: str) -> list[str]:
-    """Files below a folder, relative and sorted; hidden and unfinished ones are left out."""
-    found = filesystem.get_file_info(fs.FileSelector(base, recursive=True, allow_not_found=True))
-    names = (str(PurePosixPath(f.path).relative_to(base)) for f in found if f.type == fs.FileType.File)
-    return sorted(
-        name
-        for name in names
-        if not any(part.startswith(".") for part in name.split("/")) and not NOT_DATA.fullmatch(name.rpartition("/")[2])
-    )
+def _info(filesystem: fs.FileSystem, wanted: Any, path: str) -> Any:
+    try:
+        return filesystem.get_file_info(wanted)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"cannot open {path}: {_one_line(error)}") from None
+
+
+def _is_data(name: str) -> bool:
+    """Neither hidden, nor unfinished, nor something else."""
+    parts = name.split("/")
+    is_hidden = any(part.startswith(".") for part in parts)
+    return not is_hidden and not NOT_DATA.fullmatch(parts[-1]) and _suffixes(name)[0] in READERS
 
 
 def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` within a name, `**/` over any number of folders."""
+    """`*` and `?` within a name, `**/` over any number of folders, also none."""
     escaped = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?")
     return re.compile(escaped.replace(r"\*", "[^/]*").replace(r"\?", "[^/]"))
 

@@ -61,15 +61,15 @@ def from_transcript(text: str) -> Turns:
 def judge_turns(chosen: Turns, rejected: Turns) -> Judged:
     """Split two whole conversations: the prompt is the turns both begin with, up to where both go on as assistant.
 
-    So conversations that part before the last assistant turn give responses of several turns. Those that part in the
-    first user turn are no comparison.
+    So conversations that part before the last assistant turn give responses of several turns. Those that share no
+    turn are no comparison.
     """
     end = min(len(chosen), len(rejected)) - 1  # each side keeps a response
     end = next((i for i in range(end) if chosen[i] != rejected[i]), end)
-    while end >= 0 and not chosen[end]["role"] == rejected[end]["role"] == "assistant":
+    while end > 0 and not chosen[end]["role"] == rejected[end]["role"] == "assistant":
         end -= 1
-    if end < 0:
-        raise RowError("chosen and rejected answer different prompts")
+    if end <= 0:
+        raise RowError("chosen and rejected share no prompt")
     return judge_responses(chosen[:end], chosen[end:], rejected[end:])
 
 
