@@ -220,8 +220,8 @@ def _comparisons(value: Value, source: SourceConfig) -> Comparisons:
     if len(labels) != len(pairs):
         raise RowError(f"{len(pairs)} comparisons, but {len(labels)} labels")
     prompt = _prompt(value)
-    if value.get("passages"):
-        passages = [list(map(str, _list(item, "a passage"))) for item in _list(value["passages"], "passages")]
+    if isinstance(value.get("passages"), list):  # some questions have none
+        passages = [list(map(str, _list(item, "a passage"))) for item in value["passages"]]
         texts = [title + ": " + " ".join(sentences).removeprefix(title + "\n\n") for title, *sentences in passages]
         prompt = "\n\n".join([*texts, f"Question: {prompt}\nAnswer:"])
     for pair, label in zip(pairs, labels, strict=True):

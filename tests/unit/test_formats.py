@@ -262,6 +262,11 @@ ROWS = [
         ("T: One. Two.\n\nQuestion: q\nAnswer:", "b", "a"),
     ),
     (
+        "comparisons",
+        {"question": "q", "passages": [], "predictions": ["a", "b"], "preference": [1]},
+        ("Question: q\nAnswer:", "a", "b"),
+    ),
+    (
         "graded",
         {"question": "q", "m": {"is_correct": False, "solution": "w"}, "n": {"is_correct": True, "solution": "r"}},
         ("q", "r", "w"),
