@@ -95,8 +95,9 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, bias, target_ids, log_norm = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
+        # In float32: a sum of many chunks in bfloat16 would lose more with every chunk.
+        grad_weight = torch.zeros_like(weight, dtype=log_norm.dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=log_norm.dtype) if bias is not None and need_bias else None
         for start in range(0, len(hidden), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
             logits = _logits(hidden[part], weight, bias, ctx.scale, ctx.softcap)
@@ -110,10 +111,20 @@ class _TokenLogps(torch.autograd.Function):
             if ctx.scale != 1.0:
                 grad.mul_(ctx.scale)
             if grad_bias is not None:
-                grad_bias += grad.sum(0).to(grad_bias.dtype)
+                grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
-            if grad_weight is not None:
+            if grad_weight is not None and grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.T, hidden[part])
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+            elif grad_weight is not None:
+                grad_weight += grad.T @ hidden[part]
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
