@@ -89,6 +89,12 @@ def test_a_bad_row_stops_with_its_place_unless_it_may_be_dropped(tmp_path: Path)
     assert len(pool_of(str(path), on_bad_row="drop").train) == 1
 
 
+def test_a_response_of_tool_calls_alone_is_not_empty(tmp_path: Path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    row = {"prompt": [{"role": "user", "content": "p"}], "chosen": [call], "rejected": "r"}
+    assert len(pool_of(write(tmp_path / "a.jsonl", [row])).train) == 1
+
+
 def test_a_source_without_pairs_is_named_with_its_counts(tmp_path: Path):
     good = write(tmp_path / "good.jsonl", rows(5))
     empty = write(tmp_path / "empty.jsonl", [])
@@ -125,6 +131,8 @@ def test_num_pairs_of_a_source_are_its_first_by_content(tmp_path: Path):
     assert taken[5] < taken[10] < taken[20]
     assert pool_of({"path": path, "num_pairs": 5}).report["sources"][0]["dropped"] == {"over_num_pairs": 15}
     assert set(ids(pool_of({"path": path, "num_pairs": 5}, subset_seed=9).train)) == taken[5]
+    turned = write(tmp_path / "turned.jsonl", rows(20)[::-1])
+    assert set(ids(pool_of({"path": turned, "num_pairs": 5}).train)) == taken[5]
     # What a source does not take is still free for another one.
     copy = write(tmp_path / "copy.jsonl", rows(20))
     assert len(pool_of({"path": path, "num_pairs": 5}, copy).train) == 20
