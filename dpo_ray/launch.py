@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,16 @@ from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import weights_fingerprint
-from dpo_ray.prepare import Prepared, check_same_run, prepare, reference_source, resolve, step_order, token_report
+from dpo_ray.prepare import (
+    Prepared,
+    check_recipe,
+    check_same_run,
+    prepare,
+    reference_source,
+    resolve,
+    step_order,
+    token_report,
+)
 from dpo_ray.reference import PassCounts, ReferenceStore, fill
 from dpo_ray.stopping import Evaluation, best_evaluation
 from dpo_ray.storage import Folder, read_lines
@@ -71,12 +80,18 @@ class Interrupt:
 
 
 def fit(
-    run: RunConfig, *, resume: bool = False, display: Display | None = None, interrupt: Interrupt | None = None
+    run: RunConfig,
+    *,
+    resume: bool = False,
+    display: Display | None = None,
+    interrupt: Interrupt | None = None,
+    connect: Callable[[], None] = lambda: None,
 ) -> RunResult:
     """Train as the recipe says, on the Ray cluster that this process is connected to.
 
     Args:
         resume: Continue the run of this name from its last checkpoint, if there is one.
+        connect: Joins the cluster; called once the recipe has passed the checks that need none.
         interrupt: When it is set, the run saves a checkpoint, ends, and has the status `interrupted`.
 
     Raises:
@@ -87,6 +102,8 @@ def fit(
     run = resolve(run)
     folder = Folder(run.folder)
     before = _claim(run, folder, resume)
+    check_recipe(run)
+    connect()
     gpus = check_cluster(run)
 
     display.phase("reading and encoding pairs")
@@ -296,16 +313,16 @@ class Follower:
                 continue
             self._seen.add(key)
             self._display.line(line)
-            metrics = {name: value for name, value in line.items() if name != "step" and not isinstance(value, str)}
+            metrics = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
             self._tracker.log(metrics, line["step"])
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the tracked run with its summary; register the model where the recipe asks."""
         self._tracker.log_file(self._folder.read(SUMMARY_FILE).decode(), SUMMARY_FILE)
-        if self._run.tracking.register_as and summary["model_path"]:
-            self._tracker.register(summary["model_path"], self._run.tracking.register_as)
         self._tracker.finish(summary["status"])
         self._is_closed = True
+        if self._run.tracking.register_as and summary["model_path"]:
+            self._tracker.register(summary["model_path"], self._run.tracking.register_as)
 
     def fail(self) -> None:
         """Close the tracked run as failed, once."""

@@ -1,0 +1,210 @@
+"""Training for real: Ray Train, DeepSpeed and gloo on the local cluster, a small real model, real preference pairs."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_ray.config import RunConfig, parse_run
+from dpo_ray.errors import InputError
+from dpo_ray.launch import Interrupt, RunResult, Silent, fit
+
+pytestmark = pytest.mark.ray
+
+STEPS = 20
+
+
+def recipe(shared: Path, storage: Path, name: str, **overrides: Any) -> RunConfig:
+    """20 steps of 8 HH-RLHF pairs on the 260k-parameter model; overrides by dotted key, with `__` for the dot."""
+    tree = {
+        "name": name,
+        "storage": {"path": str(storage)},
+        "model": {"path": str(shared / "models/stories260K")},
+        "data": {
+            "sources": [{"path": str(shared / "data/hh_rlhf/harmless-base.test.jsonl.gz")}],
+            "max_tokens": 200,
+            "num_pairs": 40,
+            "eval": {"num_pairs": 37},  # no multiple of any batch size: the last one is ragged
+        },
+        "batch": {"pairs_per_step": 8, "tokens_per_device": 4096},
+        "optim": {"learning_rate": 3e-4},
+        "train": {"log_every_steps": 1, "epochs": 4},
+        "engine": {"precision": "fp32", "zero_stage": 2},
+        "eval": {"every_steps": 10},
+        "early_stopping": None,
+        "checkpoint": {"every_steps": 10},
+        "cluster": {"num_workers": 2, "cpus_per_worker": 1},
+        "tracking": {"kind": "none"},
+    }
+    return parse_run(tree, {key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def lines(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: str) -> list[float]:
+    return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+def last_evaluation(folder: str) -> dict[str, float]:
+    return [line for line in lines(folder) if "eval/loss" in line][-1]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One storage for all runs of this file, so that they share one reference store."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def first(cluster: None, shared: Path, storage: Path) -> RunResult:
+    """The run that the others are compared with: 2 workers, ZeRO-2."""
+    return fit(recipe(shared, storage, "first"))
+
+
+def test_the_first_loss_is_ln_2_and_training_lowers_it(first: RunResult):
+    found = losses(first.folder)
+    assert len(found) == STEPS
+    assert found[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert sum(found[-5:]) / 5 < 0.68
+
+
+def test_the_summary_tells_what_was_done(first: RunResult):
+    summary = json.loads((Path(first.folder) / "summary.json").read_text())
+    assert summary == first.summary
+    assert summary["status"] == "completed"
+    assert (summary["steps"], summary["pairs_seen"], summary["world_size"]) == (STEPS, 160, 2)
+    assert (
+        summary["eval"]["num_pairs"]
+        == json.loads((Path(first.folder) / "data_report.json").read_text())["held_out"]["pairs"]
+    )
+    assert summary["reference"]["from_store"] == 0
+    assert summary["reference"]["computed"] > 100
+    assert 0 <= summary["eval"]["rewards/accuracies_low"] < summary["eval"]["rewards/accuracies"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("zero-0", {"engine__zero_stage": 0}),
+        ("zero-1", {"engine__zero_stage": 1}),
+        ("zero-3", {"engine__zero_stage": 3}),
+        ("one-worker", {"cluster__num_workers": 1}),
+        # The longest pair has up to 400 tokens: rows of their own, and so 8 micro-batches of one pair, or 2 of several.
+        ("eight-passes", {"cluster__num_workers": 1, "batch__tokens_per_device": 400, "batch__row_tokens": 2}),
+        ("padded", {"batch__layout": "padded", "batch__tokens_per_device": 1600}),
+    ],
+)
+def test_losses_and_evaluation_do_not_depend_on_stage_workers_or_micro_batches(
+    first: RunResult, shared: Path, storage: Path, name: str, overrides: dict[str, Any]
+):
+    other = fit(recipe(shared, storage, name, **overrides))
+    assert losses(other.folder) == pytest.approx(losses(first.folder), abs=1e-4)
+    expected, found = last_evaluation(first.folder), last_evaluation(other.folder)
+    assert found["eval/rewards/accuracies"] == expected["eval/rewards/accuracies"]
+    assert found["eval/num_pairs"] == expected["eval/num_pairs"]
+    assert found["eval/loss"] == pytest.approx(expected["eval/loss"], abs=1e-4)
+    assert other.summary["reference"]["computed"] == 0
+
+
+def test_another_beta_computes_no_reference(first: RunResult, shared: Path, storage: Path):
+    other = fit(recipe(shared, storage, "beta", loss__beta=0.5, train__max_steps=1))
+    assert other.summary["reference"] == {"computed": 0, "from_store": first.summary["reference"]["computed"]}
+
+
+class StopAt(Silent):
+    """Interrupts a run when a step's line is seen."""
+
+    def __init__(self, step: int) -> None:
+        self.interrupt, self._step = Interrupt(), step
+
+    def line(self, line: Any) -> None:
+        if line["step"] >= self._step:
+            self.interrupt.is_set = True
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(first: RunResult, shared: Path, storage: Path):
+    run = recipe(shared, storage, "resumed")
+    stop = StopAt(3)
+    stopped = fit(run, display=stop, interrupt=stop.interrupt)
+    assert stopped.summary["status"] == "interrupted"
+    at = stopped.summary["steps"]
+    assert 3 <= at < STEPS
+    assert stopped.summary["model_path"] is None
+
+    resumed = fit(run, resume=True)
+    assert resumed.summary["status"] == "completed"
+    assert resumed.summary["resumed_from_step"] == at
+    assert losses(resumed.folder) == losses(first.folder)  # every bit, also before the stop
+    assert resumed.summary["eval"] == first.summary["eval"]
+
+
+def test_a_name_that_exists_is_refused_without_resume(first: RunResult, shared: Path, storage: Path):
+    with pytest.raises(InputError, match="exists"):
+        fit(recipe(shared, storage, "first"))
+
+
+def test_a_resumed_run_with_other_numbers_is_refused(first: RunResult, shared: Path, storage: Path):
+    with pytest.raises(InputError, match=r"loss.beta.*0\.1.*0\.3"):
+        fit(recipe(shared, storage, "first", loss__beta=0.3), resume=True)
+
+
+def test_more_workers_than_the_cluster_has_are_refused_at_once(cluster: None, shared: Path, storage: Path):
+    with pytest.raises(InputError, match="needs 64 CPUs; the cluster has 2"):
+        fit(recipe(shared, storage, "too-many", cluster__num_workers=64))
+
+
+def test_the_model_reloads_with_plain_transformers(first: RunResult, shared: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = first.summary["model_path"]
+    aligned = AutoModelForCausalLM.from_pretrained(folder)
+    start = AutoModelForCausalLM.from_pretrained(shared / "models/stories260K")
+    assert any(not torch.equal(a, b) for a, b in zip(aligned.parameters(), start.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(folder)("Once upon")["input_ids"]
+    assert "stories260K" in (Path(folder) / "README.md").read_text()
+
+
+def test_the_exported_model_has_the_evaluated_log_probs(first: RunResult, shared: Path, storage: Path):
+    from dpo_ray.evaluate.held_out import evaluate_model
+    from dpo_ray.models import ModelSource
+    from dpo_ray.prepare import prepare, reference_source, resolve
+
+    run = resolve(recipe(shared, storage, "first"))
+    found = evaluate_model(
+        run, ModelSource(first.summary["model_path"]), reference_source(run), prepare(run).held_out, gpus_per_actor=0
+    )
+    for name, value in first.summary["best_eval"].items():
+        assert found[f"eval/{name}"] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora_trains_and_its_adapter_reloads(cluster: None, shared: Path, storage: Path, stage: int):
+    from dpo_ray.evaluate.held_out import evaluate_model
+    from dpo_ray.models import ModelSource
+    from dpo_ray.prepare import prepare, reference_source, resolve
+
+    run = resolve(
+        recipe(
+            shared,
+            storage,
+            f"lora-{stage}",
+            model__lora={"rank": 4},
+            engine__zero_stage=stage,
+            optim__learning_rate=3e-3,
+        )
+    )
+    result = fit(run)
+    found = losses(result.folder)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert sum(found[-5:]) / 5 < 0.68
+    assert (Path(result.summary["model_path"]) / "adapter_model.safetensors").exists()
+    again = evaluate_model(
+        run, ModelSource(result.summary["model_path"]), reference_source(run), prepare(run).held_out, gpus_per_actor=0
+    )
+    assert again["eval/loss"] == pytest.approx(result.summary["best_eval"]["loss"], abs=1e-4)
+    assert again["eval/rewards/accuracies"] == result.summary["best_eval"]["rewards/accuracies"]
