@@ -75,9 +75,10 @@ def train(
     run = load_run(recipe, dict(map(parse_override, overrides or [])))
     with result_stream(as_json) as emit:
         if dry_run:
-            from dpo_ray.prepare import describe_plan, prepare, resolve
+            from dpo_ray.prepare import check_recipe, describe_plan, prepare, resolve
 
             run = resolve(run)
+            check_recipe(run)
             prepared = prepare(run)
             plan = describe_plan(run, prepared, prepared.train.open(scratch()))
             emit({"recipe": run.model_dump(mode="json"), "plan": plan}, show_plan)
@@ -89,10 +90,11 @@ def train_here(run: RunConfig, *, resume: bool, address: str | None) -> dict[str
     """Connect, train, show; the run's summary. Exits with 130 when it was interrupted."""
     from dpo_ray.launch import Interrupt, fit
 
-    connect(address)
     interrupt = Interrupt()
     with signals_set(interrupt), Live() as display:
-        summary = fit(run, resume=resume, display=display, interrupt=interrupt).summary
+        summary = fit(
+            run, resume=resume, display=display, interrupt=interrupt, connect=lambda: connect(address)
+        ).summary
     if summary["status"] == "interrupted":
         console.print(f"interrupted at step {summary['steps']}, saved; continue with --resume")
         raise typer.Exit(130)
@@ -331,10 +333,11 @@ class Live:
         return self
 
     def __exit__(self, *args: object) -> None:
-        self._progress.stop()
+        if self._is_terminal:
+            self._progress.stop()
 
     def phase(self, text: str) -> None:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
 
     def progress(self, text: str, done: int, total: int) -> None:
         if self._is_terminal:
@@ -353,7 +356,7 @@ class Live:
         if self._is_terminal and "eval/loss" not in line:
             self._progress.update(self._tasks["training"], completed=line["step"], told=told)
         else:
-            console.print(f"step {line['step']}: {told}", highlight=False)
+            console.print(f"step {line['step']}: {told}", highlight=False, soft_wrap=True)
 
 
 def brief(line: Mapping[str, Any]) -> str:

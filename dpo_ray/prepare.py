@@ -81,7 +81,6 @@ def prepare(run: RunConfig) -> Prepared:
     Raises:
         InputError: Bad input, named by key, or file and row; or no pair is left.
     """
-    check_recipe(run)
     policy = policy_source(run.model)
     encoder = PairEncoder(load_tokenizer(policy), run.data, end_token_ids(policy))
     pool = load_pool(run.data)

@@ -160,7 +160,7 @@ def fill(
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     done = 0
     scored = ray.data.from_arrow(blocks).map_batches(
         ResponseScorer,

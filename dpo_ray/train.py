@@ -98,7 +98,8 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
                 line = means(state.since_log) | worker.last_step
                 state.train_lines.append(Evaluation(step, line))
                 if log is not None:
-                    log.write({"step": step, "epoch": order.epoch_at(step), **line, "seconds": state.train_seconds})
+                    rate = order.pairs_before(step) / state.train_seconds
+                    log.write({"step": step, "epoch": order.epoch_at(step), **line, "pairs_per_second": rate})
                 state.since_log = {}
 
             evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
@@ -318,6 +319,7 @@ def save(worker: Worker, job: TrainJob, state: TrainState, is_best: bool) -> Non
         report_metrics(state) | {"checkpoint_score": score, "is_best": is_best},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"step-{state.step:06d}",
+        delete_local_checkpoint_after_upload=True,
     )
 
 

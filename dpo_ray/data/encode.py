@@ -143,7 +143,7 @@ class PairEncoder:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _prompt_ids(self, texts: Sequence[str], templated: Sequence[bool]) -> list[list[int]]:
