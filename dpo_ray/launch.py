@@ -24,6 +24,7 @@ from dpo_ray.metrics import METRICS
 from dpo_ray.models import weights_fingerprint
 from dpo_ray.prepare import (
     Prepared,
+    check_budget,
     check_recipe,
     check_same_run,
     prepare,
@@ -112,6 +113,8 @@ def fit(
         raise InputError("cannot resume: the data is not what the run was started with")
     scratch = Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-ray-tokens"
     train, held_out = prepared.train.open(scratch), prepared.held_out.open(scratch)
+    check_budget(run.batch, train)
+    check_budget(run.batch, held_out)
     prepared.report["train"] |= token_report(train)
     prepared.report["held_out"] |= token_report(held_out)
     folder.write(RECIPE_FILE, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())

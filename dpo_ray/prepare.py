@@ -7,14 +7,15 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dpo_ray.config import RunConfig
-from dpo_ray.data.batching import Lengths, StepOrder, plan_step
+from dpo_ray.config import BatchConfig, RunConfig
+from dpo_ray.data.batching import StepOrder, lengths_of, plan_step
 from dpo_ray.data.encode import PairEncoder, TokenFiles, TokenTable, encode_to_files
 from dpo_ray.data.mixture import load_pool
 from dpo_ray.errors import InputError
 from dpo_ray.losses import REFERENCE_FREE
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import ModelSource, end_token_ids, load_tokenizer, policy_source, read_config
+from dpo_ray.pairs import TokenizedPair
 from dpo_ray.stopping import check_metric
 from dpo_ray.storage import Folder, absolute
 
@@ -83,7 +84,7 @@ def prepare(run: RunConfig) -> Prepared:
     """
     policy = policy_source(run.model)
     encoder = PairEncoder(load_tokenizer(policy), run.data, end_token_ids(policy))
-    pool = load_pool(run.data)
+    pool = load_pool(run.data, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
     cache = Folder(run.storage.path) / ".tokens"
     train, encoded = encode_to_files(pool.train, encoder, cache, run.data.num_pairs)
     held_out, encoded_held_out = encode_to_files(pool.held_out, encoder, cache)
@@ -109,7 +110,7 @@ def data_fingerprint(train: TokenFiles, held_out: TokenFiles) -> str:
 
 
 def token_report(table: TokenTable) -> dict[str, Any]:
-    """Token counts of encoded pairs, and a look at the first one's ids."""
+    """Token counts of encoded pairs."""
     lengths = [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in table]
     if not lengths:
         return {"tokens": 0}
@@ -123,12 +124,31 @@ def token_report(table: TokenTable) -> dict[str, Any]:
     }
 
 
+def check_budget(batch: BatchConfig, table: TokenTable) -> None:
+    """Every pair must fit a device by itself.
+
+    Raises:
+        InputError: Names the largest pair.
+    """
+
+    def places(pair: TokenizedPair) -> int:
+        lengths = lengths_of(pair)
+        return lengths.branched if batch.layout == "branches" else 2 * lengths.padded
+
+    largest = max(table, key=places, default=None)
+    if largest is not None and places(largest) > batch.tokens_per_device:
+        raise InputError(
+            f"`batch.tokens_per_device`={batch.tokens_per_device} is less than the {places(largest)} tokens of pair "
+            f"{largest.pair_id} in the {batch.layout} layout; raise it, or lower `data.max_tokens`"
+        )
+
+
 def describe_plan(run: RunConfig, prepared: Prepared, train: TokenTable) -> dict[str, Any]:
     """What a run would do: pairs, steps, tokens, passes of the first step, memory."""
     order = step_order(run, prepared.train.num_pairs)
     first = [train[number] for number in order.pairs_of(1)]
     plan = plan_step(
-        [Lengths(len(p.prompt_ids), (len(p.chosen_ids), len(p.rejected_ids))) for p in first],
+        [lengths_of(pair) for pair in first],
         num_workers=run.cluster.num_workers,
         tokens_per_device=run.batch.tokens_per_device,
         row_tokens=run.batch.row_tokens,

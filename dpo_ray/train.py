@@ -20,7 +20,7 @@ import torch
 from dpo_ray import checkpoint
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
-from dpo_ray.data.batching import Lengths, MicroBatch, StepOrder, make_batch, plan_step
+from dpo_ray.data.batching import MicroBatch, StepOrder, lengths_of, make_batch, plan_step
 from dpo_ray.data.encode import TokenFiles, TokenTable
 from dpo_ray.engine import ZeroEngine, sharded_loading
 from dpo_ray.errors import RunFailed
@@ -148,7 +148,7 @@ class PairSet:
         """The pairs of a step, and `plan[m][rank]` over them."""
         pairs = [self.pairs[number] for number in numbers]
         plan = plan_step(
-            [Lengths(len(p.prompt_ids), (len(p.chosen_ids), len(p.rejected_ids))) for p in pairs],
+            [lengths_of(pair) for pair in pairs],
             num_workers=num_workers,
             tokens_per_device=self._batch.tokens_per_device,
             row_tokens=self._batch.row_tokens,

@@ -12,8 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from dpo_ray.errors import InputError
-from dpo_ray.pairs import PairBatch, PromptBranches
+from dpo_ray.pairs import PairBatch, PromptBranches, TokenizedPair
 
 Layout = Literal["branches", "padded"]
 Row = list[int]
@@ -35,6 +34,10 @@ class Lengths(NamedTuple):
     def padded(self) -> int:
         """Places of one of the item's rows in the padded layout."""
         return self.prompt + max(self.responses) - 1
+
+
+def lengths_of(pair: TokenizedPair) -> Lengths:
+    return Lengths(len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids)))
 
 
 class MicroBatch(NamedTuple):
@@ -86,7 +89,7 @@ def plan_step(
     wait for each other have about the same work. No micro-batch has more than `tokens_per_device` places.
 
     Raises:
-        InputError: One item alone is larger than `tokens_per_device`.
+        ValueError: One item alone is larger than `tokens_per_device`.
     """
     if layout == "branches":
         total = sum(item.branched for item in lengths)
@@ -98,9 +101,8 @@ def plan_step(
     units.sort(key=lambda unit: (-unit[0], unit[2]))
     for width, height, row in units:
         if width * height > tokens_per_device:
-            raise InputError(
-                f"`batch.tokens_per_device`={tokens_per_device} is less than the {width * height} tokens of one pair "
-                f"in the {layout} layout (number {row[0]} of the step); raise it or lower `data.max_tokens`"
+            raise ValueError(
+                f"item {row[0]} has {width * height} tokens, more than tokens_per_device {tokens_per_device}"
             )
 
     smallest = sum(width * height for width, height, _ in units) / (tokens_per_device * num_workers)

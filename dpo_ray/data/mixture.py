@@ -7,7 +7,7 @@ but for which one of two equal pairs is kept. What is left out is counted by rea
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dpo_ray.config import DataConfig, SourceConfig
@@ -60,8 +60,11 @@ class _Source:
         }
 
 
-def load_pool(data: DataConfig) -> Pool:
+def load_pool(data: DataConfig, is_usable: Callable[[PreferencePair], bool] = lambda pair: True) -> Pool:
     """Read, clean, split and mix all sources.
+
+    Args:
+        is_usable: Whether a pair will survive encoding; only such count towards `eval.num_pairs`.
 
     Raises:
         InputError: A source is missing, unreadable or without any pair; or a row is bad and `on_bad_row` is `stop`.
@@ -72,7 +75,7 @@ def load_pool(data: DataConfig) -> Pool:
     if eval_sources:
         held_out = _mixed(eval_sources, seed=0)
     else:
-        held_out = _hold_out(sources, data.eval.num_pairs)
+        held_out = _hold_out(sources, data.eval.num_pairs, is_usable)
         if data.eval.num_pairs and not held_out:
             notes.append("nothing is held out: no prompt or group has few enough pairs, at most a fifth of all")
     _drop_held_out(sources, held_out)
@@ -149,22 +152,28 @@ def _is_empty(response: Text) -> bool:
     return not any(message["content"].strip() or message.get("tool_calls") for message in own)
 
 
-def _hold_out(sources: list[_Source], num_pairs: int) -> list[PreferencePair]:
-    """Move whole groups out, in the order of their content, until there are `num_pairs` pairs.
+def _hold_out(
+    sources: list[_Source], num_pairs: int, is_usable: Callable[[PreferencePair], bool]
+) -> list[PreferencePair]:
+    """Move whole groups out, in the order of their content, until there are `num_pairs` usable pairs.
 
     A group that would make it more than a fifth of all pairs stays. Neither `fraction` nor `subset_seed` has a say, so
     that runs over them are compared on the same pairs.
     """
-    sizes = Counter(pair.group_id for source in sources for pair in source.pairs)
-    most = sizes.total() // LARGEST_HELD_OUT
+    members: dict[str, list[PreferencePair]] = {}
+    for source in sources:
+        for pair in source.pairs:
+            members.setdefault(pair.group_id, []).append(pair)
+    most = sum(map(len, members.values())) // LARGEST_HELD_OUT
     groups: set[str] = set()
-    total = 0
-    for group in sorted(sizes, key=lambda group: content_hash("held out", group)):
-        if total >= num_pairs:
+    total = usable = 0
+    for group in sorted(members, key=lambda group: content_hash("held out", group)):
+        if usable >= num_pairs:
             break
-        if total + sizes[group] <= most:
+        if total + len(members[group]) <= most:
             groups.add(group)
-            total += sizes[group]
+            total += len(members[group])
+            usable += sum(map(is_usable, members[group]))
     for source in sources:
         source.held_out = [pair for pair in source.pairs if pair.group_id in groups]
         source.pairs = [pair for pair in source.pairs if pair.group_id not in groups]
