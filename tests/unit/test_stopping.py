@@ -184,4 +184,5 @@ def test_over_training_looks_at_the_last_evaluations_only():
     recovered = falling(0.90, 0.60, 0.61, 0.62, logps=(-80.0, -90.0, -95.0, -100.0))
     assert overtraining(lines(0.5, 0.7, 0.8, 0.9), recovered) is None
     at_zero = Evaluation(0, {"rewards/accuracies": 1.0, "logps/chosen": 0.0, "num_pairs": 400})
-    assert overtraining(lines(0.5, 0.9), [at_zero, *falling(0.62, 0.61, logps=(-90.0, -95.0))]) is None
+    train = [Evaluation(0, {"rewards/accuracies": 0.5}), *lines(0.5, 0.9)]
+    assert overtraining(train, [at_zero, *falling(0.62, 0.61, logps=(-90.0, -95.0))]) is None
