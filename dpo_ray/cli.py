@@ -80,7 +80,7 @@ def train(
             run = resolve(run)
             check_recipe(run)
             prepared = prepare(run)
-            plan = describe_plan(run, prepared, prepared.train.open(scratch()))
+            plan = describe_plan(run, prepared)
             emit({"recipe": run.model_dump(mode="json"), "plan": plan}, show_plan)
             return
         emit(train_here(run, resume=resume, address=address), show_summary)
@@ -142,14 +142,14 @@ def evaluate(
         prepared = prepare(run)
         connect(address)
         display.phase(f"scoring {source.path}")
-        files = prepared.train if data is not None else prepared.held_out
-        if files.num_pairs == 0:
+        pairs = prepared.train_pairs if data is not None else prepared.held_out_pairs
+        if not pairs:
             raise InputError("the recipe holds no pairs out (data.eval)")
         result = evaluate_model(
             run,
             source,
             reference_source(run),
-            files,
+            pairs,
             gpus_per_actor=check_cluster(run),
             on_progress=lambda done, total: display.progress("scoring", done, total),
         )
@@ -263,10 +263,6 @@ def connect(address: str | None) -> None:
         )
     except (ConnectionError, ValueError) as error:
         raise InputError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
-
-
-def scratch() -> Path:
-    return Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-ray-tokens"
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -24,14 +23,12 @@ from dpo_ray.metrics import METRICS
 from dpo_ray.models import weights_fingerprint
 from dpo_ray.prepare import (
     Prepared,
-    check_budget,
     check_recipe,
     check_same_run,
     prepare,
     reference_source,
     resolve,
     step_order,
-    token_report,
 )
 from dpo_ray.reference import PassCounts, ReferenceStore, fill
 from dpo_ray.stopping import Evaluation, best_evaluation
@@ -111,12 +108,7 @@ def fit(
     prepared = prepare(run)
     if before is not None and before.get("data_fingerprint") not in (None, prepared.report["fingerprint"]):
         raise InputError("cannot resume: the data is not what the run was started with")
-    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-ray-tokens"
-    train, held_out = prepared.train.open(scratch), prepared.held_out.open(scratch)
-    check_budget(run.batch, train)
-    check_budget(run.batch, held_out)
-    prepared.report["train"] |= token_report(train)
-    prepared.report["held_out"] |= token_report(held_out)
+    train, held_out = prepared.train_pairs, prepared.held_out_pairs
     folder.write(RECIPE_FILE, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
     folder.write_json(DATA_REPORT_FILE, prepared.report)
 

@@ -27,6 +27,8 @@ class Prepared(NamedTuple):
     held_out: TokenFiles
     report: dict[str, Any]
     """`data_report.json`."""
+    train_pairs: TokenTable
+    held_out_pairs: TokenTable
 
 
 def resolve(run: RunConfig) -> RunConfig:
@@ -94,13 +96,16 @@ def prepare(run: RunConfig) -> Prepared:
             f"none of {len(pool.train)} training pairs can be used: {reasons}"
             + (f"; `data.max_tokens` is {run.data.max_tokens}" if "over_long" in reasons else "")
         )
+    train_pairs, held_out_pairs = train.open(), held_out.open()
+    check_budget(run.batch, train_pairs)
+    check_budget(run.batch, held_out_pairs)
     report = {
         **pool.report,
-        "train": {"pairs": train.num_pairs, **encoded},
-        "held_out": {"pairs": held_out.num_pairs, **encoded_held_out},
+        "train": {"pairs": train.num_pairs, **encoded, **token_report(train_pairs)},
+        "held_out": {"pairs": held_out.num_pairs, **encoded_held_out, **token_report(held_out_pairs)},
         "fingerprint": data_fingerprint(train, held_out),
     }
-    return Prepared(train, held_out, report)
+    return Prepared(train, held_out, report, train_pairs, held_out_pairs)
 
 
 def data_fingerprint(train: TokenFiles, held_out: TokenFiles) -> str:
@@ -143,10 +148,10 @@ def check_budget(batch: BatchConfig, table: TokenTable) -> None:
         )
 
 
-def describe_plan(run: RunConfig, prepared: Prepared, train: TokenTable) -> dict[str, Any]:
+def describe_plan(run: RunConfig, prepared: Prepared) -> dict[str, Any]:
     """What a run would do: pairs, steps, tokens, passes of the first step, memory."""
     order = step_order(run, prepared.train.num_pairs)
-    first = [train[number] for number in order.pairs_of(1)]
+    first = [prepared.train_pairs[number] for number in order.pairs_of(1)]
     plan = plan_step(
         [lengths_of(pair) for pair in first],
         num_workers=run.cluster.num_workers,
@@ -162,7 +167,7 @@ def describe_plan(run: RunConfig, prepared: Prepared, train: TokenTable) -> dict
         "pairs_per_step": run.batch.pairs_per_step,
         "workers": run.cluster.num_workers,
         "forward_passes_per_step": len(plan),
-        **token_report(train),
+        **token_report(prepared.train_pairs),
         "memory": memory_estimate(run),
     }
 

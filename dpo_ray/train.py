@@ -59,88 +59,87 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
     log = RunLog(run.folder) if rank == 0 else None
 
-    with tempfile.TemporaryDirectory() as scratch:
-        train = PairSet(job.train_pairs, job.reference, run.batch, Path(scratch))
-        evaluation = PairSet(job.held_out_pairs, job.reference, run.batch, Path(scratch))
-        order = StepOrder(
-            len(train.pairs),
-            run.batch.pairs_per_step,
-            seed=run.train.seed,
-            epochs=run.train.epochs,
-            max_steps=run.train.max_steps,
-        )
-        with sharded_loading(run.engine, run.optim):
-            model = load_policy(run.model, run.engine.precision, run.train.seed)
-        worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size)
-        torch.manual_seed(run.train.seed + rank)
-        state = restore(worker.engine, rank, world_size)
-        resumed_from = state.step
-        if state.step == 0:
-            worker.self_check(train, order.pairs_of(1), job.reference_is_start)
-        else:
-            state.stop_reason = None
-        if log is not None:
-            log.begin(state.step)
+    train = PairSet(job.train_pairs, job.reference, run.batch)
+    evaluation = PairSet(job.held_out_pairs, job.reference, run.batch)
+    order = StepOrder(
+        len(train.pairs),
+        run.batch.pairs_per_step,
+        seed=run.train.seed,
+        epochs=run.train.epochs,
+        max_steps=run.train.max_steps,
+    )
+    with sharded_loading(run.engine, run.optim):
+        model = load_policy(run.model, run.engine.precision, run.train.seed)
+    worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size)
+    torch.manual_seed(run.train.seed + rank)
+    state = restore(worker.engine, rank, world_size)
+    resumed_from = state.step
+    if state.step == 0:
+        worker.self_check(train, order.pairs_of(1), job.reference_is_start)
+    else:
+        state.stop_reason = None
+    if log is not None:
+        log.begin(state.step)
 
-        while state.step < order.num_steps and state.stop_reason is None:
-            began = time.perf_counter()
-            step = state.step + 1
-            sums = worker.step(train, order.pairs_of(step), step)
-            state.since_log = {name: state.since_log.get(name, 0.0) + sums[name] for name in sums}
-            state.step, state.train_seconds = step, state.train_seconds + time.perf_counter() - began
-            state.tokens, state.slots, state.filled = (
-                state.tokens + int(sums["tokens"]), state.slots + int(sums["slots"]), state.filled + int(sums["filled"])
-            )  # fmt: skip
-            is_last = step == order.num_steps
-            interrupted = sums["stop_requested"] > 0
+    while state.step < order.num_steps and state.stop_reason is None:
+        began = time.perf_counter()
+        step = state.step + 1
+        sums = worker.step(train, order.pairs_of(step), step)
+        state.since_log = {name: state.since_log.get(name, 0.0) + sums[name] for name in sums}
+        state.step, state.train_seconds = step, state.train_seconds + time.perf_counter() - began
+        state.tokens, state.slots, state.filled = (
+            state.tokens + int(sums["tokens"]), state.slots + int(sums["slots"]), state.filled + int(sums["filled"])
+        )  # fmt: skip
+        is_last = step == order.num_steps
+        interrupted = sums["stop_requested"] > 0
 
-            if step == 1 or step % run.train.log_every_steps == 0 or is_last:
-                line = means(state.since_log) | worker.last_step
-                state.train_lines.append(Evaluation(step, line))
+        if step == 1 or step % run.train.log_every_steps == 0 or is_last:
+            line = means(state.since_log) | worker.last_step
+            state.train_lines.append(Evaluation(step, line))
+            if log is not None:
+                rate = order.pairs_before(step) / state.train_seconds
+                log.write({"step": step, "epoch": order.epoch_at(step), **line, "pairs_per_second": rate})
+            state.since_log = {}
+
+        evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
+        if evaluated:
+            line = held_out(worker.evaluate(evaluation))
+            state.evaluations.append(Evaluation(step, {k.removeprefix("eval/"): v for k, v in line.items()}))
+            if log is not None:
+                log.write({"step": step, "epoch": order.epoch_at(step), **line})
+            if run.early_stopping is not None and not is_last:
+                state.stop_reason = decide(run.early_stopping, state.evaluations).reason
+            alarm = overtraining(state.train_lines, state.evaluations)
+            if alarm is not None and not state.alarms:
+                state.alarms.append(alarm)
                 if log is not None:
-                    rate = order.pairs_before(step) / state.train_seconds
-                    log.write({"step": step, "epoch": order.epoch_at(step), **line, "pairs_per_second": rate})
-                state.since_log = {}
+                    log.write({"step": step, "alarm": alarm})
+        if interrupted:
+            state.stop_reason = "interrupted"
 
-            evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
-            if evaluated:
-                line = held_out(worker.evaluate(evaluation))
-                state.evaluations.append(Evaluation(step, {k.removeprefix("eval/"): v for k, v in line.items()}))
-                if log is not None:
-                    log.write({"step": step, "epoch": order.epoch_at(step), **line})
-                if run.early_stopping is not None and not is_last:
-                    state.stop_reason = decide(run.early_stopping, state.evaluations).reason
-                alarm = overtraining(state.train_lines, state.evaluations)
-                if alarm is not None and not state.alarms:
-                    state.alarms.append(alarm)
-                    if log is not None:
-                        log.write({"step": step, "alarm": alarm})
-            if interrupted:
-                state.stop_reason = "interrupted"
+        best = best_evaluation(state.evaluations, run.best_metric)
+        is_best = evaluated and best is not None and best.step == step
+        ends = is_last or state.stop_reason is not None
+        if is_best or ends or step % run.checkpoint.every_steps == 0:
+            save(worker, job, state, is_best)
+        elif evaluated:
+            ray.train.report(report_metrics(state))
 
-            best = best_evaluation(state.evaluations, run.best_metric)
-            is_best = evaluated and best is not None and best.step == step
-            ends = is_last or state.stop_reason is not None
-            if is_best or ends or step % run.checkpoint.every_steps == 0:
-                save(worker, job, state, is_best)
-            elif evaluated:
-                ray.train.report(report_metrics(state))
-
-        return {
-            "state": dataclasses.asdict(state),
-            "resumed_from_step": resumed_from or None,
-            "peak_memory_gib": worker.peak_memory_gib(),
-            "overflowed_steps": worker.engine.overflowed_steps,
-            "pairs_seen": order.pairs_before(state.step),
-            "num_steps": order.num_steps,
-        }
+    return {
+        "state": dataclasses.asdict(state),
+        "resumed_from_step": resumed_from or None,
+        "peak_memory_gib": worker.peak_memory_gib(),
+        "overflowed_steps": worker.engine.overflowed_steps,
+        "pairs_seen": order.pairs_before(state.step),
+        "num_steps": order.num_steps,
+    }
 
 
 class PairSet:
     """Tokenised pairs with their reference log-probs, cut into micro-batches on demand."""
 
-    def __init__(self, files: TokenFiles, reference: ReferenceStore | None, batch: BatchConfig, scratch: Path) -> None:
-        self.pairs: TokenTable = files.open(scratch)
+    def __init__(self, files: TokenFiles, reference: ReferenceStore | None, batch: BatchConfig) -> None:
+        self.pairs: TokenTable = files.open()
         self.reference = None if reference is None else ReferenceTable(reference, self.pairs)
         self._batch = batch
 

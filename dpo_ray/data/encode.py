@@ -6,6 +6,7 @@ merge crosses the border. A pair that cannot be encoded is counted with its reas
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -218,7 +219,9 @@ class TokenFiles(NamedTuple):
     num_pairs: int
     """Pairs that count; the last part may hold more."""
 
-    def open(self, cache: Path) -> "TokenTable":
+    def open(self) -> "TokenTable":
+        """The pairs; files of a remote storage are first copied to this machine, once."""
+        cache = Path(tempfile.gettempdir()) / "dpo-ray-tokens"
         return TokenTable([Folder(self.folder).fetch(name, cache) for name in self.parts], self.num_pairs)
 
 

@@ -1,14 +1,12 @@
 """Held-out metrics of any model against a reference: both scored through the log-prob store, then pure arithmetic."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_ray.config import RunConfig
-from dpo_ray.data.encode import TokenFiles
+from dpo_ray.data.encode import TokenTable
 from dpo_ray.losses import loss_function
 from dpo_ray.metrics import held_out, pair_sums
 from dpo_ray.models import ModelSource, weights_fingerprint
@@ -19,7 +17,7 @@ def evaluate_model(
     run: RunConfig,
     model: ModelSource,
     reference: ModelSource | None,
-    files: TokenFiles,
+    pairs: TokenTable,
     *,
     gpus_per_actor: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -30,7 +28,6 @@ def evaluate_model(
         run: Loss, precision, batch, store and cluster are read.
         reference: None for a loss without one.
     """
-    pairs = files.open(Path(os.environ.get("TMPDIR", "/tmp")) / "dpo-ray-tokens")
 
     def table(source: ModelSource) -> ReferenceTable:
         store = ReferenceStore(str(run.reference.store), weights_fingerprint(source), run.engine.precision)

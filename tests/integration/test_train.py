@@ -176,7 +176,11 @@ def test_the_exported_model_has_the_evaluated_log_probs(first: RunResult, shared
 
     run = resolve(recipe(shared, storage, "first"))
     found = evaluate_model(
-        run, ModelSource(first.summary["model_path"]), reference_source(run), prepare(run).held_out, gpus_per_actor=0
+        run,
+        ModelSource(first.summary["model_path"]),
+        reference_source(run),
+        prepare(run).held_out_pairs,
+        gpus_per_actor=0,
     )
     for name, value in first.summary["best_eval"].items():
         assert found[f"eval/{name}"] == pytest.approx(value, abs=1e-4), name
@@ -204,7 +208,11 @@ def test_lora_trains_and_its_adapter_reloads(cluster: None, shared: Path, storag
     assert sum(found[-5:]) / 5 < 0.68
     assert (Path(result.summary["model_path"]) / "adapter_model.safetensors").exists()
     again = evaluate_model(
-        run, ModelSource(result.summary["model_path"]), reference_source(run), prepare(run).held_out, gpus_per_actor=0
+        run,
+        ModelSource(result.summary["model_path"]),
+        reference_source(run),
+        prepare(run).held_out_pairs,
+        gpus_per_actor=0,
     )
     assert again["eval/loss"] == pytest.approx(result.summary["best_eval"]["loss"], abs=1e-4)
     assert again["eval/rewards/accuracies"] == result.summary["best_eval"]["rewards/accuracies"]

@@ -1,4 +1,4 @@
-"""Fifty steps beside TRL's DPOTrainer: same model, token ids, order, optimizer and schedule give the same trajectory."""
+"""Fifty steps beside TRL's DPOTrainer: same model, token ids, order, optimizer and schedule, same trajectory."""
 
 import json
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_fifty_steps_agree_with_trl(cluster: None, shared: Path, tmp_path: Path)
     )
     ours = [json.loads(line) for line in (Path(fit(run).folder) / "metrics.jsonl").read_text().splitlines()]
 
-    pairs = prepare(run).train.open(tmp_path)
+    pairs = prepare(run).train_pairs
     order = step_order(run, len(pairs))
     examples = [
         {

@@ -1,0 +1,182 @@
+"""The command line on a user's mistakes: one clear line, the right exit code, nothing half-written taken for good."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from dpo_ray.cli import app
+
+PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(20)]
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Path, data: Path) -> Run:
+    """`run("loss.beta=0.3")`: a dry run of a small recipe with overrides."""
+    recipe = tmp_path / "recipe.yaml"
+    tree = {
+        "name": "small",
+        "storage": {"path": str(tmp_path / "runs")},
+        "model": {"path": str(tiny_model)},
+        "data": {"sources": [{"path": str(data)}], "max_tokens": 64, "eval": {"num_pairs": 4}},
+        "batch": {"pairs_per_step": 4, "tokens_per_device": 512},
+        "engine": {"precision": "fp32"},
+    }
+    recipe.write_text(yaml.safe_dump(tree))
+    return lambda *arguments: CliRunner().invoke(app, ["train", str(recipe), "--dry-run", *arguments])
+
+
+def one_line(result: Result, code: int = 2) -> str:
+    """The one line of an error."""
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert result.stdout == ""
+    return lines[0]
+
+
+def test_a_dry_run_tells_pairs_steps_and_memory(run: Run, tmp_path: Path):
+    result = run("train.epochs=2")
+    assert result.exit_code == 0, result.output
+    told = yaml.safe_load(result.stdout)
+    assert told["recipe"]["train"]["epochs"] == 2
+    assert (told["plan"]["train_pairs"], told["plan"]["held_out_pairs"]) == (16, 4)
+    assert told["plan"]["steps"] == 8
+    assert told["plan"]["memory"]["parameters"] > 10_000
+    assert not (tmp_path / "runs/small").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("loss.betta=0.3", "unknown key `loss.betta`; did you mean `loss.beta`?"),
+        ("loss.beta=-1", "`loss.beta`"),
+        ("beta", "expected key=value"),
+        ("data.sources.0.path=./nowhere.jsonl", "nowhere.jsonl"),
+        ("model.path=./nowhere", "no model at"),
+        ("data.max_tokens=100000", "more than the 256 positions"),
+        ("data.max_tokens=10", "over_long 16"),
+        ("batch.tokens_per_device=16", "less than the"),
+        ("early_stopping.metric=accuracy", "no metric `accuracy`"),
+        ("name=a/b", "`name`"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(run: Run, override: str, told: str):
+    assert told in one_line(run(override))
+
+
+def test_json_gives_the_plan_and_nothing_else_on_stdout(run: Run, capfd: pytest.CaptureFixture[str]):
+    assert run("--json").exit_code == 0
+    assert json.loads(capfd.readouterr().out)["plan"]["train_pairs"] == 16
+
+
+def test_a_missing_recipe_is_one_line():
+    assert "no recipe at nowhere.yaml" in one_line(CliRunner().invoke(app, ["train", "nowhere.yaml"]))
+
+
+def test_a_bad_row_is_named_by_file_and_line(run: Run, data: Path):
+    lines = data.read_text().splitlines()
+    lines[6] = json.dumps({"prompt": "Question?", "chosen": "Yes."})
+    data.write_text("\n".join(lines))
+    told = one_line(run())
+    assert f"{data}:7" in told
+    assert "rejected" in told
+    assert run("data.on_bad_row=drop").exit_code == 0
+
+
+def test_empty_data_is_named(run: Run, data: Path):
+    data.write_text("")
+    assert str(data) in one_line(run())
+
+
+def test_a_conversation_without_chat_template_is_named(run: Run, data: Path):
+    turns = {
+        "prompt": [{"role": "user", "content": "Well?"}],
+        "chosen": [{"role": "assistant", "content": "Yes."}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    data.write_text("".join(json.dumps({**turns, "id": i}) + "\n" for i in range(3)) + json.dumps(PAIRS[0]) + "\n")
+    told = one_line(run("data.eval.num_pairs=0"))
+    assert f"{data}:1" in told
+    assert "no chat template" in told
+
+
+def test_a_damaged_weight_file_is_named(run: Run, tiny_model: Path, tmp_path: Path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_model, damaged)
+    whole = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    told = one_line(run(f"model.path={damaged}"))
+    assert "model.safetensors is damaged" in told
+
+
+def test_weights_in_another_format_are_refused(run: Run, tiny_model: Path, tmp_path: Path):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_model, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "has no safetensors weights" in one_line(run(f"model.path={pickled}"))
+
+
+def started(run: Run, *arguments: str) -> Result:
+    """The same recipe without `--dry-run`; for mistakes that are found before Ray starts."""
+    recipe = run.__closure__[0].cell_contents  # type: ignore[attr-defined]
+    return CliRunner().invoke(app, ["train", str(recipe), *arguments])
+
+
+def test_a_storage_that_cannot_be_written_is_named(run: Run, data: Path):
+    told = one_line(started(run, f"storage.path={data}/runs"))  # below a file
+    assert f"cannot write {data}/runs/small" in told
+
+
+def test_a_name_that_exists_is_refused(run: Run, tmp_path: Path):
+    (tmp_path / "runs/small").mkdir(parents=True)
+    (tmp_path / "runs/small/recipe.yaml").write_text("name: small\n")
+    told = one_line(started(run))
+    assert "exists" in told
+    assert "--resume" in told
+
+
+def test_export_needs_a_run_folder(tmp_path: Path):
+    assert "not a run folder" in one_line(CliRunner().invoke(app, ["export", str(tmp_path)]))
+
+
+def test_export_needs_a_checkpoint(tmp_path: Path, tiny_model: Path):
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"name": "x", "model": {"path": str(tiny_model)}, "data": {"sources": [{"path": "x.jsonl"}]}})
+    )
+    assert "no checkpoint" in one_line(CliRunner().invoke(app, ["export", str(tmp_path)]))
+
+
+def test_evaluate_needs_pairs_and_a_reference(tiny_model: Path, data: Path):
+    assert "--recipe" in one_line(CliRunner().invoke(app, ["evaluate", str(tiny_model)]))
+    assert "--reference" in one_line(CliRunner().invoke(app, ["evaluate", str(tiny_model), "--data", str(data)]))
+
+
+def test_schema_is_the_recipes_json_schema():
+    result = CliRunner().invoke(app, ["schema"])
+    schema: dict[str, Any] = json.loads(result.stdout)
+    assert schema["properties"]["loss"]["discriminator"]["propertyName"] == "kind"
+    assert schema["required"] == ["name", "model", "data"]
+
+
+def test_doctor_names_what_is_there():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code in (0, 2)
+    assert "torch" in result.stdout
+    assert "g++" in result.stdout
