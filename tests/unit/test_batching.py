@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_ray.data.batching import Layout, Lengths, StepOrder, make_batch, pack_rows, plan_step
-from dpo_ray.errors import InputError
 from dpo_ray.pairs import PairBatch, PromptBranches
 
 LAYOUTS: tuple[Layout, ...] = ("branches", "padded")
@@ -76,11 +75,11 @@ def test_a_plan_keeps_its_promises(
 
 @given(lengths=lengths_of_steps, layout=st.sampled_from(LAYOUTS))
 @settings(max_examples=30, deadline=None)
-def test_more_workers_than_items_leaves_fillers_that_do_not_count(lengths: list[Lengths], layout: Layout):
+def test_workers_without_an_item_compute_the_smallest_one_and_do_not_count_it(lengths: list[Lengths], layout: Layout):
     num_workers = len(lengths) + 3
     (passes,) = plan_step(lengths, num_workers=num_workers, tokens_per_device=1000, row_tokens=500, layout=layout)
     assert len(passes) == num_workers
-    assert sorted(micro_batch.counts for micro_batch in passes) == [False] * 3 + [True] * len(lengths)
+    assert sum(not micro_batch.counts for micro_batch in passes) >= 3
     smallest = min(places(item, "branches") for item in lengths)
     for micro_batch in passes:
         if not micro_batch.counts:
@@ -89,12 +88,12 @@ def test_more_workers_than_items_leaves_fillers_that_do_not_count(lengths: list[
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_item_larger_than_a_device_is_an_input_error(layout: Layout):
+def test_an_item_larger_than_a_device_is_refused(layout: Layout):
     lengths = [Lengths(5, (5, 5)), Lengths(20, (11, 21))]
     needed = {"branches": 20 + 10 + 20, "padded": 2 * (20 + 20)}[layout]
     options: dict[str, Any] = {"num_workers": 2, "row_tokens": 30, "layout": layout}
     plan_step(lengths, tokens_per_device=needed, **options)
-    with pytest.raises(InputError, match=rf"tokens_per_device`={needed - 1} .* {needed} tokens .* \(number 1 of"):
+    with pytest.raises(ValueError, match=rf"^item 1 has {needed} tokens, more than tokens_per_device {needed - 1}$"):
         plan_step(lengths, tokens_per_device=needed - 1, **options)
 
 

@@ -1,5 +1,6 @@
 """Pairs as token ids: one BOS, one end token, a shared prompt, nothing lost; over-long pairs; the token cache."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -331,7 +332,9 @@ NUMBERS = [PreferencePair(f"{i}", "a" * (1 + i % 3), "b") for i in range(11)]
 
 
 @pytest.fixture(params=["local", "uri"])
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    """On local disk, or on a storage whose files are copied to the machine's temporary folder when they are opened."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return Folder(str(tmp_path / "tokens") if request.param == "local" else (tmp_path / "tokens").as_uri())
 
 
@@ -359,9 +362,9 @@ def same(table: Sequence[TokenizedPair], pairs: Sequence[TokenizedPair]) -> bool
     return as_lists[0] == as_lists[1]
 
 
-def test_a_table_reads_the_pairs_across_its_files(cache: Folder, encoder: CountingEncoder, tmp_path: Path):
+def test_a_table_reads_the_pairs_across_its_files(cache: Folder, encoder: CountingEncoder):
     files, report = encode_to_files(NUMBERS, encoder, cache)
-    table = files.open(tmp_path / "fetched")
+    table = files.open()
     assert len(files.parts) == 3
     assert len(table) == files.num_pairs == 11
     assert same(table, encoded(NUMBERS).pairs)
@@ -390,14 +393,14 @@ def test_a_smaller_subset_shares_the_files_of_a_larger_one(cache: Folder, encode
     assert report["from_cache"] == 8
 
 
-def test_the_limit_counts_pairs_that_survive(cache: Folder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_limit_counts_pairs_that_survive(cache: Folder, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(encode, "PAIRS_PER_PART", 4)
     pairs = [PreferencePair(f"{i}", "a" * (20 if i % 2 else 3), "b") for i in range(20)]
     encoder = CountingEncoder(max_tokens=10)
     files, report = encode_to_files(pairs, encoder, cache, num_pairs=5)
     assert encoder.calls == [4, 4, 4], "no more is encoded than is needed"
     assert (files.num_pairs, report["dropped"]) == (5, {"over_long": 6})
-    assert same(files.open(tmp_path / "fetched"), encoded(pairs, max_tokens=10).pairs[:5])
+    assert same(files.open(), encoded(pairs, max_tokens=10).pairs[:5])
     everything, report = encode_to_files(pairs, encoder, cache, num_pairs=50)
     assert (everything.num_pairs, report["dropped"], report["from_cache"]) == (10, {"over_long": 10}, 12)
 
@@ -411,14 +414,14 @@ def test_counts_of_dropped_and_truncated_pairs_come_from_the_cache_too(cache: Fo
         assert (report["dropped"], report["truncated"]) == ({"identical_tokens": 1}, {"prompt": 1})
 
 
-def test_a_part_without_survivors_is_an_empty_one(cache: Folder, encoder: CountingEncoder, tmp_path: Path):
+def test_a_part_without_survivors_is_an_empty_one(cache: Folder, encoder: CountingEncoder):
     dropped = [PreferencePair(f"{i}", "a", "a") for i in range(4)]
     files, _ = encode_to_files([*dropped, *NUMBERS[:2]], encoder, cache)
-    assert same(files.open(tmp_path / "fetched"), encoded(NUMBERS[:2]).pairs)
+    assert same(files.open(), encoded(NUMBERS[:2]).pairs)
     none, _ = encode_to_files(dropped, encoder, cache)
-    assert len(none.open(tmp_path / "fetched")) == 0
+    assert len(none.open()) == 0
     nothing, _ = encode_to_files([], encoder, cache)
-    assert len(nothing.open(tmp_path / "fetched")) == 0
+    assert len(nothing.open()) == 0
 
 
 def test_other_settings_have_another_fingerprint_and_equal_ones_the_same():
@@ -457,7 +460,7 @@ def test_texts_that_differ_in_blanks_only_do_not_share_a_file(tmp_path: Path, ch
     cache, encoder = Folder(str(tmp_path)), PairEncoder(TINY, rules())
     encode_to_files([PreferencePair("Once", "upon", "in")], encoder, cache)
     files, _ = encode_to_files([changed], encoder, cache)
-    assert same(files.open(tmp_path), encoder.encode([changed]).pairs)
+    assert same(files.open(), encoder.encode([changed]).pairs)
 
 
 def test_a_conversation_does_not_pass_for_a_transcript_that_was_cached(tmp_path: Path):
