@@ -1,0 +1,195 @@
+"""The store gives back what was put in, by content; a scorer's values are those of plain forwards, however packed."""
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+
+from dpo_ray.config import BatchConfig
+from dpo_ray.data.batching import Layout
+from dpo_ray.models import ModelSource
+from dpo_ray.pairs import PromptBranches, TokenizedPair
+from dpo_ray.reference import (
+    ReferenceStore,
+    ReferenceTable,
+    ResponseScorer,
+    ResponseValue,
+    response_key,
+)
+
+
+def ids(*values: int) -> Any:
+    return np.array(values, np.int32)
+
+
+VALUES = {
+    response_key(ids(1), ids(2, 3)): ResponseValue(-1 / 3, 2, 0.1),
+    response_key(ids(1), ids(4)): ResponseValue(-1e-17, 1, 2.5),
+    response_key(ids(5), ids(4)): ResponseValue(-12345.678901234567, 900, 0.0),
+}
+
+
+@pytest.fixture(params=["local", "uri"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "local" else (tmp_path / "store").as_uri()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, initializer_range=0.3, **sizes)
+    folder = tmp_path_factory.mktemp("model")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return ModelSource(str(folder))
+
+
+def candidates() -> list[PromptBranches]:
+    """Prompts with one to five responses."""
+    generator = np.random.default_rng(0)
+    return [
+        PromptBranches(
+            generator.integers(3, 64, generator.integers(1, 12)).astype(np.int32),
+            tuple(generator.integers(3, 64, generator.integers(1, 9)).astype(np.int32) for _ in range(k)),
+        )
+        for k in (2, 1, 5, 3, 2, 4)
+    ]
+
+
+def by_plain_forwards(model: ModelSource, items: list[PromptBranches]) -> dict[bytes, tuple[float, int, float]]:
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model.path).eval()
+    result = {}
+    for item in items:
+        for response in item.responses:
+            whole = torch.from_numpy(np.concatenate((item.prompt_ids, response))).long()[None]
+            with torch.no_grad():
+                logits = loaded(input_ids=whole).logits[0, len(item.prompt_ids) - 1 : -1].double()
+            logps = logits.log_softmax(-1)
+            total = logps.gather(-1, whole[0, len(item.prompt_ids) :, None]).sum().item()
+            entropy = -(logps.exp() * logps).sum().item()
+            result[response_key(item.prompt_ids, response)] = (total, len(response), entropy)
+    return result
+
+
+def scorer(model: ModelSource, root: str, **batch: Any) -> ResponseScorer:
+    return ResponseScorer(model, "fp32", BatchConfig(**batch), ReferenceStore(root, "f", "fp32"))
+
+
+def test_a_key_depends_on_every_token_and_on_where_the_prompt_ends():
+    contents = [
+        (ids(1, 2), ids(3)),
+        (ids(1), ids(2, 3)),
+        (ids(1, 2), ids(4)),
+        (ids(2, 1), ids(3)),
+        (ids(1, 2, 3), ids()),
+        (ids(), ids(1, 2, 3)),
+        (ids(1, 2), ids(3, 0)),
+    ]
+    keys = [response_key(*content) for content in contents]
+    assert len(set(keys)) == len(contents)
+    assert {len(key) for key in keys} == {16}
+    assert keys[0] == response_key(np.array([1, 2], np.int64), np.array([9, 3, 9], np.int32)[1:2])
+    as_written = struct.pack("<I3i", 2, 1, 2, 3)  # stores are read by later versions
+    assert keys[0] == hashlib.blake2b(as_written, digest_size=16).digest()
+
+
+def test_the_store_gives_back_every_bit_of_what_was_wanted(root: str):
+    store = ReferenceStore(root, "fingerprint", "fp32")
+    assert store.read(VALUES) == {}
+    store.write(VALUES)
+    assert store.read(VALUES) == VALUES
+    first, *_ = VALUES
+    assert store.read([first, response_key(ids(9), ids(9))]) == {first: VALUES[first]}
+    assert store.read([]) == {}
+
+
+def test_values_of_other_weights_or_another_precision_are_not_seen(root: str):
+    ReferenceStore(root, "one", "fp32").write(VALUES)
+    assert ReferenceStore(root, "other", "fp32").read(VALUES) == {}
+    assert ReferenceStore(root, "one", "bf16").read(VALUES) == {}
+    assert ReferenceStore(root, "one", "fp32").read(VALUES) == VALUES
+
+
+def test_parts_add_up_and_the_same_content_is_one_file(root: str, tmp_path: Path):
+    store = ReferenceStore(root, "f", "fp32")
+    first, second, third = VALUES
+    store.write({first: VALUES[first], second: VALUES[second]})
+    store.write({second: VALUES[second], first: VALUES[first]})  # another actor that computed the same
+    assert len(list((tmp_path / "store" / "f-fp32").iterdir())) == 1
+    store.write({third: VALUES[third]})
+    assert len(list((tmp_path / "store" / "f-fp32").iterdir())) == 2
+    assert store.read(VALUES) == VALUES
+
+
+def test_a_part_left_unfinished_is_ignored(root: str, tmp_path: Path):
+    store = ReferenceStore(root, "f", "fp32")
+    store.write(VALUES)
+    (part,) = (tmp_path / "store" / "f-fp32").iterdir()
+    (part.parent / f".tmp-{part.name}-0123abcd").write_bytes(part.read_bytes()[:40])
+    (part.parent / "notes.txt").write_text("not a part")
+    assert store.read(VALUES) == VALUES
+
+
+@pytest.mark.parametrize("layout", ["branches", "padded"])
+@pytest.mark.parametrize(("tokens_per_device", "row_tokens"), [(60, 20), (120, 60), (4096, 512)])
+def test_scores_are_those_of_plain_forwards_for_any_packing(
+    model: ModelSource, tmp_path: Path, layout: Layout, tokens_per_device: int, row_tokens: int
+):
+    items = candidates()
+    budget = tokens_per_device if layout == "branches" else 2 * tokens_per_device
+    options = {"layout": layout, "tokens_per_device": budget, "row_tokens": row_tokens}
+    values = scorer(model, str(tmp_path), **options).score(items)
+    expected = by_plain_forwards(model, items)
+    assert values.keys() == expected.keys()
+    for key, (logps, num_tokens, entropy) in expected.items():
+        assert values[key].num_tokens == num_tokens
+        assert values[key].logps == pytest.approx(logps, abs=1e-4)
+        assert values[key].entropy == pytest.approx(entropy, abs=1e-4)
+
+
+def test_a_call_stores_the_values_of_its_block_and_returns_their_number(model: ModelSource, root: str):
+    items = candidates()
+    block = pa.table(
+        {
+            "prompt_ids": [item.prompt_ids.tolist() for item in items],
+            "responses": [[response.tolist() for response in item.responses] for item in items],
+        }
+    )
+    actor = scorer(model, root)
+    assert actor(block).to_pydict() == {"computed": [17]}
+    expected = by_plain_forwards(model, items)
+    stored = ReferenceStore(root, "f", "fp32").read(expected)
+    assert stored == actor.score(items)
+    assert stored.keys() == expected.keys()
+
+
+def test_a_table_gives_the_values_of_each_pair_by_its_number(tmp_path: Path):
+    pairs = [
+        TokenizedPair("a", ids(1), ids(2, 3), ids(4)),
+        TokenizedPair("b", ids(1), ids(4), ids(2, 3)),
+        TokenizedPair("c", ids(5), ids(4), ids(4)),
+    ]
+    store = ReferenceStore(str(tmp_path), "f", "fp32")
+    store.write(VALUES)
+    table = ReferenceTable(store, pairs)
+    logps = table.logps([2, 0, 1, 0])
+    long, short, other = VALUES.values()
+    assert logps.chosen.tolist() == [other.logps, long.logps, short.logps, long.logps]
+    assert logps.rejected.tolist() == [other.logps, short.logps, long.logps, short.logps]
+    assert logps.chosen_tokens.tolist() == [900, 2, 1, 2]
+    assert logps.rejected_tokens.tolist() == [900, 1, 2, 1]
+    assert logps.chosen.dtype == torch.float64
+    assert table.entropy == pytest.approx(2 * (long.entropy + short.entropy) + 2 * other.entropy)
+
+
+def test_a_pair_that_is_not_in_the_store_is_an_error(tmp_path: Path):
+    store = ReferenceStore(str(tmp_path), "f", "fp32")
+    store.write(VALUES)
+    with pytest.raises(KeyError):
+        ReferenceTable(store, [TokenizedPair("a", ids(1), ids(2, 3), ids(77))])
