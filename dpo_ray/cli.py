@@ -272,8 +272,7 @@ def signals_set(interrupt: Any) -> Iterator[None]:
     def ask(number: int, frame: Any) -> None:
         if interrupt.is_set:
             raise KeyboardInterrupt
-        interrupt.is_set = True
-        console.print("interrupted: saving a checkpoint (again to quit at once)")
+        interrupt.is_set = True  # printing here could run inside another print; the run itself tells
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

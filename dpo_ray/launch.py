@@ -138,7 +138,12 @@ def fit(
     job = TrainJob(run, prepared.train, prepared.held_out, store, run.reference.path is None)
     started = time.time()
     with Follower(run, folder, prepared, display, before) as follower:
-        result = _train(run, job, gpus, folder, follower, interrupt)
+        try:
+            result = _train(run, job, gpus, folder, follower, interrupt)
+        except (InputError, RunFailed) as error:
+            failed = {"status": "failed", "stop_reason": str(error), "mlflow_run_id": follower.run_id}
+            folder.write_json(SUMMARY_FILE, failed | {"versions": _versions()})
+            raise
         summary = _summary(run, prepared, result, counts, fingerprint, follower.run_id)
         summary["wall_seconds"] = round(time.time() - started, 3)
         if summary["status"] != "interrupted":
@@ -234,6 +239,7 @@ def _train(
         if interrupt.is_set and not asked:
             asked = True
             folder.write(STOP_FILE, b"")
+            follower.tell("interrupted: saving a checkpoint (again to quit at once)")
     follower.follow()
     folder.delete(STOP_FILE)
     result = outcome[0]
@@ -311,6 +317,9 @@ class Follower:
             metrics = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
             self._tracker.log(metrics, line["step"])
 
+    def tell(self, text: str) -> None:
+        self._display.phase(text)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Close the tracked run with its summary; register the model where the recipe asks."""
         self._tracker.log_file(self._folder.read(SUMMARY_FILE).decode(), SUMMARY_FILE)
@@ -372,11 +381,13 @@ def _summary(
         "reference_fingerprint": fingerprint,
         "model_path": None,
         "mlflow_run_id": run_id,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("dpo-ray", "torch", "transformers", "deepspeed", "ray")},
-        },
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    names = ("dpo-ray", "torch", "transformers", "deepspeed", "ray")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def list_checkpoints(folder: Folder) -> dict[int, bool]:

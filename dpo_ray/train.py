@@ -171,19 +171,26 @@ class Worker:
         """One optimizer step on the pairs `numbers`: the exact mean gradient over them. Returns reduced sums.
 
         Raises:
-            RunFailed: The loss is not finite; the step was not taken, the pairs are written to `bad_step.json`.
+            RunFailed: Loss or gradient is not finite; nothing of this step is saved, its pairs are written to
+                `bad_step.json`. An overflow that the fp16 loss scaler handles is no such case.
         """
         self.engine.train(True)
         sums = self._pass(pair_set, numbers, divide_by=len(numbers))
         sums.add({"stop_requested": self._stop_requested()})
         reduced = sums.reduced()
-        if not math.isfinite(reduced["loss"]):
-            if self.rank == 0:
-                ids = [pair_set.pairs[number].pair_id for number in numbers]
-                Folder(self._run.folder).write_json("bad_step.json", {"step": step, "pair_ids": ids})
-            raise RunFailed(f"the loss of step {step} is not finite; its pairs are in {self._run.folder}/bad_step.json")
+        self._require_finite("loss", reduced["loss"], pair_set, numbers, step)
         self.last_step = self.engine.step(step)
+        if self._run.engine.precision != "fp16":
+            self._require_finite("gradient", self.last_step["grad_norm"], pair_set, numbers, step)
         return reduced
+
+    def _require_finite(self, name: str, value: float, pair_set: PairSet, numbers: Sequence[int], step: int) -> None:
+        if math.isfinite(value):
+            return
+        if self.rank == 0:
+            ids = [pair_set.pairs[number].pair_id for number in numbers]
+            Folder(self._run.folder).write_json("bad_step.json", {"step": step, "pair_ids": ids})
+        raise RunFailed(f"the {name} of step {step} is not finite; its pairs are in {self._run.folder}/bad_step.json")
 
     def evaluate(self, pair_set: PairSet) -> dict[str, float]:
         """Reduced sums over all pairs of a set."""

@@ -107,7 +107,7 @@ def test_evaluate_takes_any_model_and_pairs(trained: dict[str, Any], shared: Pat
     pairs = str(shared / "data/truthfulqa/pairs.jsonl.gz")
     done = run(
         environment,
-        *("evaluate", start, "data.max_tokens=128", "engine.precision=fp32", "data.sources.0.num_pairs=50"),
+        *("evaluate", start, "data.max_tokens=256", "engine.precision=fp32", "data.sources.0.num_pairs=50"),
         *("--data", pairs, "--reference", start, "--json"),
     )
     found = json.loads(done.stdout)
