@@ -174,7 +174,7 @@ def test_a_damaged_folder_is_an_input_error_in_one_line(tmp_path: Path, damage: 
 
 def test_a_path_that_is_not_there_is_an_input_error(tmp_path: Path):
     for path in (str(tmp_path / "missing"), "./missing", "~/missing-model"):
-        with pytest.raises(InputError, match=f"no model at {path}"):
+        with pytest.raises(InputError, match=f"^no model at {path}$"):
             local_folder(ModelSource(path))
 
 
