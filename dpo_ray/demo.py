@@ -11,6 +11,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -262,7 +263,7 @@ def generate(model_path: str, prompts: Sequence[str], *, seed: int, num_per_prom
 
     model, tokenizer = _load(model_path)
     end, samples = tokenizer.eos_token_id, []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _one_thread():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), BATCH):
             part = prompts[start : start + BATCH]
@@ -287,6 +288,19 @@ def generate(model_path: str, prompts: Sequence[str], *, seed: int, num_per_prom
     return samples
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products of this size gain nothing from threads, and lose minutes to them where cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _load(model_path: str) -> tuple[Any, Any]:
     """Model, in full precision, and tokenizer."""
     import torch
@@ -304,7 +318,7 @@ def _token_logps(model_path: str, samples: Sequence[Sample]) -> list[float]:
 
     model, _ = _load(model_path)
     logps = []
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread():
         for start in range(0, len(samples), BATCH):
             part = samples[start : start + BATCH]
             rows = [torch.tensor(sample.prompt_ids + sample.ids) for sample in part]
@@ -374,7 +388,7 @@ def plot(outcome: Outcome, lines: Sequence[Mapping[str, Any]], path: Path) -> No
         left.plot([step for step, _ in points], [value for _, value in points], style, label=label, markersize=4)
     left.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     left.set(title="DPO: rewards/accuracies", xlabel="step", ylim=(0, 1))
-    left.legend()
+    left.legend(loc="lower right")
     right.hist(outcome.rewards, bins=[i / 2 for i in range(-9, 10)], label=["before DPO", "after DPO"])
     right.set(title=f"True reward; win rate {outcome.win_rate:.0%}", xlabel="reward", ylabel="texts")
     right.legend()
