@@ -217,20 +217,20 @@ def schema() -> None:
 @app.command()
 @explained
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
+    folder: Annotated[Path | None, typer.Option(help="Where to write; default: runs/demo, or the next free.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with so many seeds.")] = 1,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
     """The embedded task, end to end, on this machine: no downloads, a few minutes."""
-    from dpo_ray.demo import run_demo
+    from dpo_ray.demo import next_folder, run_demo
     from dpo_ray.launch import Interrupt
 
-    with result_stream(as_json) as emit:
+    interrupt = Interrupt()
+    with result_stream(as_json) as emit, signals_set(interrupt), Live() as display:
         connect(address)
-        interrupt = Interrupt()
-        with signals_set(interrupt):
-            emit(run_demo(folder, seeds=range(seeds), display=Live(), interrupt=interrupt), lambda result: None)
+        result = run_demo(folder or next_folder(), seeds=range(seeds), display=display, interrupt=interrupt)
+        emit(result, lambda result: None)
 
 
 def version_and_exit(value: bool) -> None:

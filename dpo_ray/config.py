@@ -265,9 +265,11 @@ class EngineConfig(Config):
     """Keep only layer inputs and compute the rest again in the backward pass: less memory, a third more time."""
 
     @model_validator(mode="after")
-    def _offload_needs_zero(self) -> "EngineConfig":
+    def _what_zero_0_lacks(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage 1, 2 or 3: at 0 DeepSpeed keeps no fp32 weights to add updates to")
         return self
 
 

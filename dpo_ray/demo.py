@@ -5,6 +5,7 @@ write reviews of any opinion, samples several for each prompt, the true reward l
 turns the model towards praise. Nothing is downloaded, and both trainings go through `launch.fit`, as any run does.
 """
 
+import itertools
 import json
 import random
 import re
@@ -393,6 +394,12 @@ def plot(outcome: Outcome, lines: Sequence[Mapping[str, Any]], path: Path) -> No
     right.set(title=f"True reward; win rate {outcome.win_rate:.0%}", xlabel="reward", ylabel="texts")
     right.legend()
     figure.savefig(path, dpi=120)
+
+
+def next_folder() -> Path:
+    """`runs/demo`, or the first of `runs/demo-2`, `runs/demo-3`, ... that is free."""
+    names = itertools.chain(["runs/demo"], (f"runs/demo-{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def run_demo(

@@ -28,7 +28,10 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     clips_itself = engine.zero_stage > 0 or engine.precision != "fp32"  # see `ZeroEngine.step`
+    # Gradients of several micro-batches are added in fp32, not in bf16.
+    accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if engine.precision == "bf16" else {}
     return {
+        **accumulation,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.max_grad_norm if clips_itself else 0.0,

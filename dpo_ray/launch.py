@@ -166,6 +166,8 @@ def check_cluster(run: RunConfig) -> float:
     cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
     per_worker = run.cluster.gpus_per_worker
     gpus_per_worker = (1.0 if gpus > 0 else 0.0) if per_worker == "auto" else float(per_worker)
+    if run.engine.precision == "fp16" and gpus_per_worker == 0:
+        raise InputError("`engine.precision`=fp16 needs GPUs; use fp32 or bf16 on a CPU")
     workers = run.cluster.num_workers
     for unit, each, total in (("CPUs", run.cluster.cpus_per_worker, cpus), ("GPUs", gpus_per_worker, gpus)):
         if workers * each > total:
