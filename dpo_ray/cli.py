@@ -18,8 +18,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from dpo_ray import __version__
 from dpo_ray.config import RunConfig, load_run, parse_override, parse_run, recipe_schema
@@ -310,12 +310,10 @@ class Live:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=12),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[told]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -329,6 +327,8 @@ class Live:
 
     def __exit__(self, *args: object) -> None:
         if self._is_terminal:
+            for task in self._tasks.values():
+                self._progress.update(task, visible=False)
             self._progress.stop()
 
     def phase(self, text: str) -> None:
@@ -338,7 +338,7 @@ class Live:
         if self._is_terminal:
             if text not in self._tasks:
                 self._tasks[text] = self._progress.add_task(text, total=total, told="")
-            self._progress.update(self._tasks[text], completed=done)
+            self._progress.update(self._tasks[text], completed=done, visible=done < total)
         elif done and (time.monotonic() - self._told_at > 5 or done == total):
             self._told_at = time.monotonic()
             console.print(f"{text} {done}/{total}", highlight=False)
@@ -349,9 +349,15 @@ class Live:
             return
         told = brief(line)
         if self._is_terminal and "eval/loss" not in line:
-            self._progress.update(self._tasks["training"], completed=line["step"], told=told)
+            self._progress.update(self._tasks["training"], completed=line["step"], told=short(line))
         else:
             console.print(f"step {line['step']}: {told}", highlight=False, soft_wrap=True)
+
+
+def short(line: Mapping[str, Any]) -> str:
+    """What fits beside a progress bar."""
+    names = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "pairs_per_second": "pairs/s"}
+    return "  ".join(f"{told} {line[name]:.3g}" for name, told in names.items() if name in line)
 
 
 def brief(line: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 2**23
-"""Most logits alive at once (32 MiB in fp32): chunks have CHUNK_LOGITS // V tokens."""
+CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
+"""Most logits alive at once, by device (32 MiB and 512 MiB in fp32): chunks have CHUNK_LOGITS // V tokens."""
 
 
 def token_logps(
@@ -39,7 +39,7 @@ def token_logps(
         logps [N] in nats, float32 (float64 for float64 input), with gradient; entropy [N] in nats, without.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_LOGITS // weight.shape[0])
+        chunk_tokens = max(1, CHUNK_LOGITS.get(weight.device.type, 2**23) // weight.shape[0])
     logps, entropy = _TokenLogps.apply(hidden, weight, bias, target_ids, scale, softcap, chunk_tokens)  # type: ignore[no-untyped-call]
     return logps, entropy
 

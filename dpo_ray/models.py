@@ -7,18 +7,20 @@ log-probs of its responses out. It knows nothing of losses, sharding or Ray.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_ray.config import LoraConfig, ModelConfig
+from dpo_ray.data.batching import Layout, make_batch
 from dpo_ray.errors import InputError
 from dpo_ray.logps import sum_by_response, token_logps
-from dpo_ray.pairs import PairBatch
+from dpo_ray.pairs import Ids, PairBatch, PromptBranches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`engine.precision` -> type of the weights in the computation."""
@@ -64,6 +66,11 @@ class PairModel(nn.Module):
             softcap=getattr(config, "final_logit_softcapping", None),
         )
         self._config = config
+
+    @property
+    def config(self) -> Any:
+        """The text configuration of the model."""
+        return self._config
 
     @property
     def body(self) -> Any:
@@ -138,8 +145,39 @@ def attention_mask(batch: PairBatch, config: Any, dtype: torch.dtype) -> Tensor 
     return {"full_attention": additive(allowed), "sliding_attention": windowed}
 
 
+def usable_layout(model: Callable[[PairBatch], ResponseLogps], config: Any, layout: Layout, precision: str) -> Layout:
+    """The layout, or `padded` where the model gets the branches wrong: some architectures ignore the mask in silence.
+
+    Two prompts with two responses are computed in both layouts. Windows and chunks that only long texts reach are known
+    by their configuration.
+
+    Args:
+        model: A `PairModel`, or an engine around one; every rank must call this.
+    """
+    if layout == "padded":
+        return layout
+    if any(getattr(config, name, None) for name in ("attention_types", "window_size", "attention_chunk_size")):
+        return "padded"
+    rng = np.random.default_rng(0)
+
+    def ids(length: int) -> Ids:
+        return rng.integers(0, config.vocab_size, length).astype(np.int32)
+
+    items = [PromptBranches(ids(5), (ids(7), ids(4))), PromptBranches(ids(3), (ids(6), ids(8)))]
+    with torch.no_grad():
+        expected = model(make_batch(items, [[0], [1]], "padded")).logps
+        try:
+            found = model(make_batch(items, [[0, 1]], "branches")).logps
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):  # a mask it cannot take
+            return "padded"
+    tolerance = 1e-3 if precision == "fp32" else 0.5
+    return layout if torch.allclose(found, expected, rtol=1e-4, atol=tolerance) else "padded"
+
+
 def _output_scale(config: Any) -> float:
-    """What an architecture multiplies its logits by (Cohere), or divides them by (Granite)."""
+    """What an architecture multiplies its logits by (Cohere, Falcon-H1), or divides them by (Granite)."""
+    if (factor := getattr(config, "lm_head_multiplier", None)) is not None:
+        return float(factor)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
         return 1 / float(divisor)
     return float(getattr(config, "logit_scale", None) or 1.0)
@@ -191,9 +229,12 @@ def weights_fingerprint(source: ModelSource) -> str:
     folder = local_folder(source)
     digest = hashlib.blake2b(digest_size=16)
     adapter = folder / "adapter_config.json"
-    for file in [*weight_files(folder), adapter if adapter.exists() else folder / "config.json"]:
+    for file in weight_files(folder):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
+    config = json.loads((adapter if adapter.exists() else folder / "config.json").read_text())
+    config.pop("base_model_name_or_path", None)  # the base counts by its weights, wherever it lies
+    digest.update(json.dumps(config, sort_keys=True).encode())
     if adapter.exists():
         digest.update(weights_fingerprint(_adapter_base(folder, source)).encode())
     return digest.hexdigest()
@@ -315,9 +356,10 @@ def export(model: PairModel, weights: Mapping[str, Tensor], tokenizer: Any, fold
     folder.mkdir(parents=True, exist_ok=True)
     typed = {name: value.to(getattr(torch, dtype)).contiguous() for name, value in weights.items()}
     language_model: Any = model.language_model
-    if not model.has_adapter:
-        language_model.config.dtype = dtype
     language_model.save_pretrained(folder, state_dict=typed, safe_serialization=True)
+    if not model.has_adapter:  # transformers writes the type of the model in memory, not of the weights given
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
 
 

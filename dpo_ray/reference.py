@@ -19,7 +19,7 @@ import torch
 from dpo_ray.config import BatchConfig
 from dpo_ray.data.batching import Lengths, make_batch, plan_step
 from dpo_ray.losses import PairLogps
-from dpo_ray.models import ModelSource, PairModel, load_language_model
+from dpo_ray.models import ModelSource, PairModel, load_language_model, usable_layout
 from dpo_ray.pairs import Ids, PromptBranches, TokenizedPair
 from dpo_ray.storage import Folder
 
@@ -101,7 +101,8 @@ class ResponseScorer:
     def __init__(self, model: ModelSource, precision: str, batch: BatchConfig, store: ReferenceStore) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = PairModel(load_language_model(model, precision)).to(self._device).eval()
-        self._batch, self._store = batch, store
+        layout = usable_layout(lambda b: self._model(b.to(self._device)), self._model.config, batch.layout, precision)
+        self._batch, self._store = batch.model_copy(update={"layout": layout}), store
 
     @torch.inference_mode()
     def score(self, items: Sequence[PromptBranches]) -> dict[bytes, ResponseValue]:

@@ -20,14 +20,15 @@ import torch
 from dpo_ray import checkpoint
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
-from dpo_ray.data.batching import MicroBatch, StepOrder, lengths_of, make_batch, plan_step
+from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
 from dpo_ray.data.encode import TokenFiles, TokenTable
 from dpo_ray.engine import ZeroEngine, sharded_loading
 from dpo_ray.errors import RunFailed
 from dpo_ray.losses import LossFunction, PairLogps, loss_function
 from dpo_ray.metrics import MetricSums, held_out, means, pair_sums
-from dpo_ray.models import copy_generation_settings, export, load_policy, load_tokenizer, policy_source
+from dpo_ray.models import copy_generation_settings, export, load_policy, load_tokenizer, policy_source, usable_layout
 from dpo_ray.pairs import TokenizedPair
+from dpo_ray.prepare import step_order
 from dpo_ray.reference import ReferenceStore, ReferenceTable
 from dpo_ray.stopping import Evaluation, best_evaluation, decide, overtraining
 from dpo_ray.storage import Folder
@@ -59,18 +60,12 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
     log = RunLog(run.folder) if rank == 0 else None
 
-    train = PairSet(job.train_pairs, job.reference, run.batch)
-    evaluation = PairSet(job.held_out_pairs, job.reference, run.batch)
-    order = StepOrder(
-        len(train.pairs),
-        run.batch.pairs_per_step,
-        seed=run.train.seed,
-        epochs=run.train.epochs,
-        max_steps=run.train.max_steps,
-    )
+    order = step_order(run, job.train_pairs.num_pairs)
     with sharded_loading(run.engine, run.optim):
         model = load_policy(run.model, run.engine.precision, run.train.seed)
     worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size)
+    train = PairSet(job.train_pairs, job.reference, worker.batch)
+    evaluation = PairSet(job.held_out_pairs, job.reference, worker.batch)
     torch.manual_seed(run.train.seed + rank)
     state = restore(worker.engine, rank, world_size)
     resumed_from = state.step
@@ -80,6 +75,10 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         state.stop_reason = None
     if log is not None:
         log.begin(state.step)
+        if worker.batch != run.batch:
+            log.write(
+                {"step": state.step, "alarm": "this architecture needs the padded layout: prompts are computed twice"}
+            )
 
     while state.step < order.num_steps and state.stop_reason is None:
         began = time.perf_counter()
@@ -164,6 +163,8 @@ class Worker:
         self.last_step: dict[str, float] = {}
         self._run = run
         options = run.loss.model_dump(exclude={"kind"})
+        layout = usable_layout(engine, engine.model.config, run.batch.layout, run.engine.precision)
+        self.batch = run.batch.model_copy(update={"layout": layout})
         self._loss: LossFunction = loss_function(run.loss.kind, options)
         self._stop_file, self._polled = Folder(run.folder), 0.0
 
@@ -205,7 +206,7 @@ class Worker:
         device, sums = self.engine.device, MetricSums()
         for m, ranks in enumerate(plan):
             mine = ranks[self.rank]
-            batch = make_batch(branches, mine.rows, self._run.batch.layout)
+            batch = make_batch(branches, mine.rows, self.batch.layout)
             responses = self.engine(batch)
             policy = PairLogps(
                 responses.logps[0::2], responses.logps[1::2], responses.num_tokens[0::2], responses.num_tokens[1::2]

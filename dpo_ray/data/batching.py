@@ -55,7 +55,7 @@ class StepOrder:
     """
 
     def __init__(self, num_pairs: int, pairs_per_step: int, *, seed: int, epochs: float, max_steps: int | None) -> None:
-        total = math.ceil(num_pairs * epochs) if max_steps is None else max_steps * pairs_per_step
+        total = math.ceil(num_pairs * epochs - 1e-9) if max_steps is None else max_steps * pairs_per_step
         self.num_steps = math.ceil(total / pairs_per_step)
         self._total, self._num_pairs, self._pairs_per_step, self._seed = total, num_pairs, pairs_per_step, seed
         self._epoch, self._order = -1, np.empty(0, np.int64)
@@ -93,7 +93,7 @@ def plan_step(
     """
     if layout == "branches":
         total = sum(item.branched for item in lengths)
-        capacity = min(row_tokens, math.ceil(total / num_workers))
+        capacity = min(row_tokens, tokens_per_device, math.ceil(total / num_workers))
         rows = pack_rows([item.branched for item in lengths], capacity)
         units = [(sum(lengths[i].branched for i in row), 1, row) for row in rows]
     else:

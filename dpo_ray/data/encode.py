@@ -6,9 +6,11 @@ merge crosses the border. A pair that cannot be encoded is counted with its reas
 
 import hashlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from dpo_ray.storage import Folder
 PAIRS_PER_PART = 1024
 """Pairs of one cache file. Subsets are prefixes of one order, so runs of different data sizes share files."""
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Part of the cache key; raise it when the same text gives other ids."""
 
 
@@ -61,7 +63,7 @@ class PairEncoder:
         self._adds_blank = self._ids(["\na"])[0][len(self._anchor) :] != self._ids(["a"])[0]
         self._adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of all that decides the ids of a pair."""
         tokenizer = self._tokenizer
@@ -80,9 +82,10 @@ class PairEncoder:
             InputError: A conversation, but the tokenizer has no chat template; or the template refuses it.
         """
         texts = [self._render(pair) for pair in pairs]
-        prompts = self._prompt_ids([text.prompt for text in texts], [text.is_templated for text in texts])
-        chosen = self._response_ids([text.chosen for text in texts])
-        rejected = self._response_ids([text.rejected for text in texts])
+        templated = [text.is_templated for text in texts]
+        prompts = self._prompt_ids([text.prompt for text in texts], templated)
+        chosen = self._response_ids([text.chosen for text in texts], templated)
+        rejected = self._response_ids([text.rejected for text in texts], templated)
         part = EncodedPart([], Counter(), Counter())
         for pair, ids in zip(pairs, zip(prompts, chosen, rejected, strict=True), strict=True):
             fitted, truncated = self._fit(*ids)
@@ -142,6 +145,7 @@ class PairEncoder:
         return text
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids without BOS and EOS; special tokens that stand in a text (templated by hand) stay what they are."""
         if not texts:
             return []
         ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -161,8 +165,8 @@ class PairEncoder:
             result.append(ids or [bos if bos is not None else self._tokenizer.eos_token_id])
         return result
 
-    def _response_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Responses with exactly one end token, the last; what a template writes behind it is cut off."""
+    def _response_ids(self, texts: Sequence[str], templated: Sequence[bool]) -> list[list[int]]:
+        """Responses that end in one end token. What a template writes behind its last one is cut off."""
         if self._adds_blank:
             skip = len(self._anchor)
             anchored = self._ids(["\n" + text for text in texts])
@@ -173,9 +177,12 @@ class PairEncoder:
         else:
             found = self._ids(texts)
         result = []
-        for ids in found:
+        for ids, is_templated in zip(found, templated, strict=True):
             ends = [i for i, token in enumerate(ids) if token in self._end_ids]
-            result.append(ids[: ends[-1] + 1] if ends else [*ids, self._tokenizer.eos_token_id])
+            if ends and (is_templated or ends[-1] == len(ids) - 1):
+                result.append(ids[: ends[-1] + 1])
+            else:
+                result.append([*ids, self._tokenizer.eos_token_id])
         return result
 
     def _fit(
@@ -221,7 +228,7 @@ class TokenFiles(NamedTuple):
 
     def open(self) -> "TokenTable":
         """The pairs; files of a remote storage are first copied to this machine, once."""
-        cache = Path(tempfile.gettempdir()) / "dpo-ray-tokens"
+        cache = Path(tempfile.gettempdir()) / f"dpo-ray-tokens-{os.getuid()}"
         return TokenTable([Folder(self.folder).fetch(name, cache) for name in self.parts], self.num_pairs)
 
 
@@ -239,15 +246,14 @@ def encode_to_files(
     from_cache = 0
     for start in range(0, len(pairs), PAIRS_PER_PART):
         block = pairs[start : start + PAIRS_PER_PART]
-        key = hashlib.blake2b(encoder.fingerprint.encode(), digest_size=16)
-        key.update("".join(pair.pair_id for pair in block).encode())
-        name = f"{key.hexdigest()}.arrow"
-        if cache.exists(name):
-            from_cache += len(block)
+        name = f"{_block_key(encoder, block)}.arrow"
+        counts = _read_counts(cache, name)
+        if counts is None:
+            part = encoder.encode(block)
+            cache.write(name, _to_arrow(part))
+            counts = _counts(part)
         else:
-            cache.write(name, _to_arrow(encoder.encode(block)))
-        with pa.ipc.open_file(pa.BufferReader(cache.read(name))) as reader:
-            counts = json.loads(reader.schema.metadata[b"counts"])
+            from_cache += len(block)
         dropped.update(counts["dropped"])
         truncated.update(counts["truncated"])
         count += counts["pairs"]
@@ -259,14 +265,36 @@ def encode_to_files(
     return files, {"from_cache": from_cache, "dropped": dict(dropped), "truncated": dict(truncated)}
 
 
+def _block_key(encoder: PairEncoder, block: Sequence[PreferencePair]) -> str:
+    """Hash of the encoding and of the exact texts: pairs of one id may differ in blanks, which are tokens too."""
+    exact = [[p.pair_id, p.prompt, p.chosen, p.rejected, p.tools, p.is_transcript] for p in block]
+    content = json.dumps([encoder.fingerprint, exact], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _counts(part: EncodedPart) -> dict[str, Any]:
+    return {"pairs": len(part.pairs), "dropped": part.dropped, "truncated": part.truncated}
+
+
+def _read_counts(cache: Folder, name: str) -> dict[str, Any] | None:
+    """What a cache file says of itself; None if it is not there, or damaged."""
+    if not cache.exists(name):
+        return None
+    try:
+        with pa.ipc.open_file(pa.BufferReader(cache.read(name))) as reader:
+            counts: dict[str, Any] = json.loads(reader.schema.metadata[b"counts"])
+    except pa.ArrowInvalid:
+        return None
+    return counts
+
+
 def _to_arrow(part: EncodedPart) -> bytes:
     columns = {
         name: pa.array([getattr(pair, name) for pair in part.pairs], pa.list_(pa.int32()))
         for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     }
-    counts = {"pairs": len(part.pairs), "dropped": part.dropped, "truncated": part.truncated}
     table = pa.table({"pair_id": pa.array([pair.pair_id for pair in part.pairs], pa.string()), **columns})
-    table = table.replace_schema_metadata({"counts": json.dumps(counts)})
+    table = table.replace_schema_metadata({"counts": json.dumps(_counts(part))})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=PAIRS_PER_PART)

@@ -202,7 +202,7 @@ def test_tokens_by_vocabulary_is_never_whole():
 
 
 def test_chunks_are_cut_by_the_limit_of_logits_unless_told():
-    vocabulary = CHUNK_LOGITS // 3 + 1  # two tokens fit, three do not
+    vocabulary = CHUNK_LOGITS["cpu"] // 3 + 1  # two tokens fit, three do not
     hidden, weight = torch.randn(5, 1), torch.zeros(vocabulary, 1)
     with Recorder() as recorder, torch.no_grad():
         token_logps(hidden, weight, torch.zeros(5, dtype=torch.int64))

@@ -156,8 +156,7 @@ def test_a_bos_that_the_text_brings_is_not_doubled():
 
 
 def test_text_behind_an_end_token_is_not_lost_in_silence():
-    part = encoded(PreferencePair("a", "b</s>more", "c"))
-    assert part.dropped.total() == 1 or "more" in decoded(part.pairs[0].chosen_ids)
+    assert decoded(only(encoded(PreferencePair("a", "b</s>more", "c"))).chosen_ids) == "b</s>more</s>"
 
 
 def test_a_tokenizer_without_an_end_token_is_an_input_error():

@@ -50,6 +50,8 @@ def test_deepspeed_counts_no_batches_and_no_steps_of_its_own():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_stage_precision_and_clipping_reach_deepspeed(stage: Any, precision: Any):
+    if (stage, precision) == (0, "bf16"):
+        pytest.skip("refused: DeepSpeed would keep no fp32 weights")
     config = deepspeed_config(EngineConfig(zero_stage=stage, precision=precision), OptimConfig(max_grad_norm=0.7))
     assert config["zero_optimization"] == {"stage": stage}
     assert config["bf16"]["enabled"] is (precision == "bf16")

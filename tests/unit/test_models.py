@@ -27,6 +27,7 @@ from dpo_ray.models import (
     load_tokenizer,
     local_folder,
     read_config,
+    usable_layout,
     weights_fingerprint,
 )
 from dpo_ray.pairs import PairBatch, PromptBranches
@@ -302,3 +303,24 @@ def test_generation_settings_go_with_the_model(tmp_path: Path):
     (tmp_path / "model" / "generation_config.json").unlink()
     copy_generation_settings(source, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def build_tiny(architecture: str) -> Any:
+    """A random two-layer model of another family."""
+    torch.manual_seed(0)
+    sizes = {"mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2}, "gpt_neo": {"hidden_size": 32, "num_heads": 4}}
+    more = {"gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}}
+    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options = {**sizes.get(architecture, llama), **more.get(architecture, {}), "vocab_size": 64}
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(architecture, **options)
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return PairModel(model)
+
+
+@pytest.mark.parametrize(("architecture", "layout"), [("llama", "branches"), ("mpt", "padded"), ("gpt_neo", "padded")])
+def test_an_architecture_that_ignores_the_mask_falls_back_to_padded_rows(architecture: str, layout: str):
+    model = build_tiny(architecture)
+    assert usable_layout(model, model.config, "branches", "fp32") == layout
