@@ -380,13 +380,15 @@ class RunConfig(Config):
 def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a recipe and lay `{"loss.beta": 0.3}`-style overrides over it.
 
-    Relative local paths stay as written; `resolve_paths` makes them absolute for the cluster.
+    Args:
+        path: A file, or the name of a recipe that ships with the package.
 
     Raises:
         InputError: The file is missing or not YAML, or a key or value is wrong; names the key.
     """
+    shipped = Path(__file__).parent / "recipes" / f"{path}.yaml"
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        tree = yaml.safe_load((shipped if shipped.is_file() and not Path(path).exists() else Path(path)).read_text())
     except FileNotFoundError:
         raise InputError(f"no recipe at {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:

@@ -20,7 +20,6 @@ from dpo_ray.checkpoint import MODEL_FOLDER
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.metrics import METRICS
-from dpo_ray.models import weights_fingerprint
 from dpo_ray.prepare import (
     Prepared,
     check_recipe,
@@ -30,7 +29,7 @@ from dpo_ray.prepare import (
     resolve,
     step_order,
 )
-from dpo_ray.reference import PassCounts, ReferenceStore, fill
+from dpo_ray.reference import Pass, fill
 from dpo_ray.stopping import Evaluation, best_evaluation
 from dpo_ray.storage import Folder, read_lines
 from dpo_ray.train import METRICS_FILE, STOP_FILE, TrainJob, train_loop
@@ -38,7 +37,8 @@ from dpo_ray.train import METRICS_FILE, STOP_FILE, TrainJob, train_loop
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE, DATA_REPORT_FILE, SUMMARY_FILE = "recipe.yaml", "data_report.json", "summary.json"
-FOLLOW_INTERVAL_S = 0.3
+FOLLOW_INTERVAL_S, FOLLOW_REMOTE_INTERVAL_S = 0.3, 5.0
+"""How often the driver looks for new metrics; an object store is asked, and paid, for every look."""
 
 
 class RunResult(NamedTuple):
@@ -108,43 +108,26 @@ def fit(
     prepared = prepare(run)
     if before is not None and before.get("data_fingerprint") not in (None, prepared.report["fingerprint"]):
         raise InputError("cannot resume: the data is not what the run was started with")
-    train, held_out = prepared.train_pairs, prepared.held_out_pairs
     folder.write(RECIPE_FILE, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
     folder.write_json(DATA_REPORT_FILE, prepared.report)
+    reference = _reference_pass(run, prepared, gpus, display)
 
-    model, store, counts, fingerprint = reference_source(run), None, PassCounts(0, 0), None
-    if model is not None:
-        display.phase(f"reference log-probs of {len(train) + len(held_out)} pairs")
-        fingerprint = weights_fingerprint(model)
-        store = ReferenceStore(str(run.reference.store), fingerprint, run.engine.precision)
-        counts = fill(
-            (pairs[i] for pairs in (train, held_out) for i in range(len(pairs))),
-            model,
-            store,
-            run.engine.precision,
-            run.batch,
-            num_actors=run.cluster.num_workers,
-            cpus_per_actor=run.cluster.cpus_per_worker / 2,  # Ray Data needs a part of the cluster for itself
-            gpus_per_actor=gpus,
-            on_progress=lambda done, total: display.progress("reference", done, total),
-        )
-        display.phase(f"reference: {counts.computed} responses computed, {counts.from_store} from the store")
-
-    order = step_order(run, len(train))
+    order = step_order(run, prepared.train.num_pairs)
     display.phase(
         f"training {order.num_steps} steps on {run.cluster.num_workers} workers, ZeRO {run.engine.zero_stage}"
     )
     display.progress("training", 0, order.num_steps)
+    store = None if reference is None else reference.store
     job = TrainJob(run, prepared.train, prepared.held_out, store, run.reference.path is None)
     started = time.time()
-    with Follower(run, folder, prepared, display, before) as follower:
+    with Follower(run, folder, display, before) as follower:
         try:
             result = _train(run, job, gpus, folder, follower, interrupt)
         except (InputError, RunFailed) as error:
             failed = {"status": "failed", "stop_reason": str(error), "mlflow_run_id": follower.run_id}
             folder.write_json(SUMMARY_FILE, failed | {"versions": _versions()})
             raise
-        summary = _summary(run, prepared, result, counts, fingerprint, follower.run_id)
+        summary = _summary(run, prepared, result, reference, follower.run_id)
         summary["wall_seconds"] = round(time.time() - started, 3)
         if summary["status"] != "interrupted":
             write_model(folder, run, folder / MODEL_FOLDER, summary)
@@ -152,6 +135,24 @@ def fit(
         folder.write_json(SUMMARY_FILE, summary)
         follower.finish(summary)
     return RunResult(folder.path, summary)
+
+
+def _reference_pass(run: RunConfig, prepared: Prepared, gpus: float, display: Display) -> Pass | None:
+    """Reference log-probs of all pairs of the run; None for a loss that needs none."""
+    model = reference_source(run)
+    if model is None:
+        return None
+    pairs = [*prepared.train_pairs, *prepared.held_out_pairs]
+    display.phase(f"reference log-probs of {len(pairs)} pairs")
+    found = fill(
+        pairs,
+        model,
+        run,
+        gpus_per_actor=gpus,
+        on_progress=lambda done, total: display.progress("reference", done, total),
+    )
+    display.phase(f"reference: {found.computed} responses computed, {found.from_store} from the store")
+    return found
 
 
 def check_cluster(run: RunConfig) -> float:
@@ -236,7 +237,7 @@ def _train(
     thread.start()
     asked = False
     while thread.is_alive():
-        thread.join(FOLLOW_INTERVAL_S)
+        thread.join(FOLLOW_INTERVAL_S if folder.is_local else FOLLOW_REMOTE_INTERVAL_S)
         follower.follow()
         if interrupt.is_set and not asked:
             asked = True
@@ -256,7 +257,7 @@ def _cause(error: BaseException, folder: Folder) -> Exception:
     """What a person can do something about, out of what Ray raised."""
     failures = list(getattr(error, "worker_failures", {}).values())
     for failure in failures:
-        inner = getattr(failure, "cause", failure)
+        inner = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised
         for ours in (InputError, RunFailed):
             if isinstance(inner, ours):
                 return ours(str(inner))
@@ -276,7 +277,6 @@ class Follower:
         self,
         run: RunConfig,
         folder: Folder,
-        prepared: Prepared,
         display: Display,
         before: Mapping[str, Any] | None,
     ) -> None:
@@ -347,8 +347,7 @@ def _summary(
     run: RunConfig,
     prepared: Prepared,
     result: Mapping[str, Any],
-    counts: PassCounts,
-    fingerprint: str | None,
+    reference: Pass | None,
     run_id: str | None,
 ) -> dict[str, Any]:
     """`summary.json` of a run that came to an end."""
@@ -378,9 +377,12 @@ def _summary(
         "mfu": None,
         "peak_memory_gib": round(result["peak_memory_gib"], 3),
         "overflowed_steps": result["overflowed_steps"],
-        "reference": {"computed": counts.computed, "from_store": counts.from_store},
+        "reference": {
+            "computed": reference.computed if reference else 0,
+            "from_store": reference.from_store if reference else 0,
+        },
         "data_fingerprint": prepared.report["fingerprint"],
-        "reference_fingerprint": fingerprint,
+        "reference_fingerprint": reference.store.fingerprint if reference else None,
         "model_path": None,
         "mlflow_run_id": run_id,
         "versions": _versions(),

@@ -5,6 +5,7 @@ summed log-prob under the hash of its prompt's and its own token ids. What is th
 run, trial or node; parts are written whole or not at all, so a pass that was broken off goes on where it stopped.
 """
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from dpo_ray.config import BatchConfig
+from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import Lengths, make_batch, plan_step
 from dpo_ray.losses import PairLogps
-from dpo_ray.models import ModelSource, PairModel, load_language_model, usable_layout
+from dpo_ray.models import ModelSource, PairModel, load_language_model, usable_layout, weights_fingerprint
 from dpo_ray.pairs import Ids, PromptBranches, TokenizedPair
 from dpo_ray.storage import Folder
 
@@ -37,13 +38,6 @@ class ResponseValue(NamedTuple):
     entropy: float  # summed entropy of the next-token distributions, nats
 
 
-class PassCounts(NamedTuple):
-    """Responses of a pass."""
-
-    computed: int
-    from_store: int
-
-
 def response_key(prompt_ids: Ids, response_ids: Ids) -> bytes:
     """Address of a response: 16 bytes over the prompt's length and all ids."""
     digest = hashlib.blake2b(len(prompt_ids).to_bytes(4, "little"), digest_size=16)
@@ -52,11 +46,18 @@ def response_key(prompt_ids: Ids, response_ids: Ids) -> bytes:
     return digest.digest()
 
 
+@dataclasses.dataclass(frozen=True)
 class ReferenceStore:
     """Values of responses under one model in one numeric mode; a folder of Parquet parts."""
 
-    def __init__(self, root: str, fingerprint: str, precision: str) -> None:
-        self._folder = Folder(root) / f"{fingerprint}-{precision}"
+    root: str
+    fingerprint: str
+    """Of the model's weights."""
+    precision: str
+
+    @property
+    def _folder(self) -> Folder:
+        return Folder(self.root) / f"{self.fingerprint}-{self.precision}"
 
     @property
     def path(self) -> str:
@@ -135,19 +136,28 @@ class ResponseScorer:
         return pa.table({"computed": [len(values)]})
 
 
+class Pass(NamedTuple):
+    """A store that has every response of some pairs, and how many there were."""
+
+    store: ReferenceStore
+    computed: int
+    from_store: int
+
+
 def fill(
     pairs: Iterable[TokenizedPair],
     model: ModelSource,
-    store: ReferenceStore,
-    precision: str,
-    batch: BatchConfig,
+    run: RunConfig,
     *,
-    num_actors: int,
-    cpus_per_actor: float,
     gpus_per_actor: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> PassCounts:
-    """Make sure that the store has every response of `pairs`: compute what is missing on a pool of Ray Data actors."""
+) -> Pass:
+    """Score all responses of `pairs` under `model`: what the store has not is computed on a pool of Ray Data actors.
+
+    Args:
+        run: A resolved recipe; store, precision, batch and cluster are read.
+    """
+    store = ReferenceStore(str(run.reference.store), weights_fingerprint(model), run.engine.precision)
     wanted: dict[bytes, tuple[Ids, Ids]] = {}
     for pair in pairs:
         for response in (pair.chosen_ids, pair.rejected_ids):
@@ -155,9 +165,9 @@ def fill(
     there = store.read(wanted)
     missing = [value for key, value in wanted.items() if key not in there]
     if not missing:
-        return PassCounts(0, len(wanted))
+        return Pass(store, 0, len(wanted))
 
-    blocks = _blocks(missing, num_actors)
+    blocks = _blocks(missing, run.cluster.num_workers)
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
@@ -165,17 +175,17 @@ def fill(
     done = 0
     scored = ray.data.from_arrow(blocks).map_batches(
         ResponseScorer,
-        fn_constructor_args=(model, precision, batch, store),
+        fn_constructor_args=(model, run.engine.precision, run.batch, store),
         batch_format="pyarrow",
         batch_size=None,  # a block is a call: one part of the store
-        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(blocks))),
-        num_cpus=cpus_per_actor,
+        compute=ray.data.ActorPoolStrategy(size=min(run.cluster.num_workers, len(blocks))),
+        num_cpus=run.cluster.cpus_per_worker / 2,  # Ray Data needs a part of the cluster for itself
         num_gpus=gpus_per_actor,
     )
     for row in scored.iter_rows():
         done += row["computed"]
         on_progress(done, len(missing))
-    return PassCounts(done, len(there))
+    return Pass(store, done, len(there))
 
 
 def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Table]:

@@ -9,8 +9,8 @@ from dpo_ray.config import RunConfig
 from dpo_ray.data.encode import TokenTable
 from dpo_ray.losses import loss_function
 from dpo_ray.metrics import held_out, pair_sums
-from dpo_ray.models import ModelSource, weights_fingerprint
-from dpo_ray.reference import ReferenceStore, ReferenceTable, fill
+from dpo_ray.models import ModelSource
+from dpo_ray.reference import ReferenceTable, fill
 
 
 def evaluate_model(
@@ -30,19 +30,8 @@ def evaluate_model(
     """
 
     def table(source: ModelSource) -> ReferenceTable:
-        store = ReferenceStore(str(run.reference.store), weights_fingerprint(source), run.engine.precision)
-        fill(
-            (pairs[i] for i in range(len(pairs))),
-            source,
-            store,
-            run.engine.precision,
-            run.batch,
-            num_actors=run.cluster.num_workers,
-            cpus_per_actor=run.cluster.cpus_per_worker / 2,
-            gpus_per_actor=gpus_per_actor,
-            on_progress=on_progress,
-        )
-        return ReferenceTable(store, pairs)
+        filled = fill(pairs, source, run, gpus_per_actor=gpus_per_actor, on_progress=on_progress)
+        return ReferenceTable(filled.store, pairs)
 
     numbers = range(len(pairs))
     scored = table(model)

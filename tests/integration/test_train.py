@@ -136,6 +136,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(first: RunResult, shared: Path, 
     assert 3 <= at < STEPS
     assert stopped.summary["model_path"] is None
 
+    with pytest.raises(InputError, match=r"written by 2 workers and `cluster\.num_workers` is 1"):
+        fit(recipe(shared, storage, "resumed", cluster__num_workers=1), resume=True)
     resumed = fit(run, resume=True)
     assert resumed.summary["status"] == "completed"
     assert resumed.summary["resumed_from_step"] == at
@@ -216,3 +218,34 @@ def test_lora_trains_and_its_adapter_reloads(cluster: None, shared: Path, storag
     )
     assert again["eval/loss"] == pytest.approx(result.summary["best_eval"]["loss"], abs=1e-4)
     assert again["eval/rewards/accuracies"] == result.summary["best_eval"]["rewards/accuracies"]
+
+
+def test_early_stopping_keeps_the_best_checkpoint(first: RunResult, shared: Path, storage: Path):
+    """At a rate that breaks the model accuracy soon falls: the run ends early, and `model/` is the best step's."""
+    from safetensors.torch import load_file
+
+    result = fit(
+        recipe(
+            shared,
+            storage,
+            "early",
+            cluster__num_workers=1,
+            optim__learning_rate=1e-2,
+            eval__every_steps=2,
+            checkpoint__every_steps=100,
+            early_stopping={"patience": 2},
+        )
+    )
+    summary = result.summary
+    evaluations = [line for line in lines(result.folder) if "eval/loss" in line]
+    assert summary["status"] == "stopped_early"
+    assert "rewards/accuracies has not improved in 2 evaluations" in summary["stop_reason"]
+    assert summary["steps"] == evaluations[-1]["step"] < STEPS
+    best = max(evaluations, key=lambda line: (line["eval/rewards/accuracies"], -line["step"]))
+    assert summary["best_step"] == best["step"] == summary["steps"] - 4
+    assert summary["best_eval"]["rewards/accuracies"] == best["eval/rewards/accuracies"]
+    kept = Path(result.folder) / f"checkpoints/step-{best['step']:06d}/model/model.safetensors"
+    last = Path(result.folder) / f"checkpoints/step-{summary['steps']:06d}/model/model.safetensors"
+    exported = load_file(Path(summary["model_path"]) / "model.safetensors")
+    assert all(torch.equal(value, exported[name]) for name, value in load_file(kept).items())
+    assert any(not torch.equal(value, exported[name]) for name, value in load_file(last).items())

@@ -202,3 +202,7 @@ def test_the_json_schema_is_closed():
     schema = recipe_schema()
     assert schema["additionalProperties"] is False
     assert {"name", "model", "data"} == set(schema["required"])
+
+
+def test_a_shipped_recipe_is_found_by_its_name():
+    assert load_run(Path("hh-rlhf"), {"loss.beta": 0.3}).data.sources[0].path == "Anthropic/hh-rlhf"
