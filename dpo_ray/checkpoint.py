@@ -43,6 +43,15 @@ class TrainState:
     alarms: list[str] = dataclasses.field(default_factory=list)
     stop_reason: str | None = None
 
+    def add_step(self, sums: dict[str, float], seconds: float) -> None:
+        """Count an optimizer step by its reduced sums."""
+        self.step += 1
+        self.train_seconds += seconds
+        self.tokens += int(sums["tokens"])
+        self.slots += int(sums["slots"])
+        self.filled += int(sums["filled"])
+        self.since_log = {name: self.since_log.get(name, 0.0) + value for name, value in sums.items()}
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 

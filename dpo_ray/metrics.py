@@ -94,13 +94,18 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     return result | {"num_pairs": int(sums["num_pairs"])}
 
 
-def held_out(sums: dict[str, float]) -> dict[str, float]:
-    """Means with the `eval/` prefix, and the 95 % Wilson interval of the accuracies."""
+def means_with_interval(sums: dict[str, float]) -> dict[str, float]:
+    """Means, and the 95 % Wilson interval of the accuracies."""
     result = means(sums)
     if "rewards/accuracies" in result:
         low, high = wilson_interval(result["rewards/accuracies"], int(result["num_pairs"]))
         result |= {"rewards/accuracies_low": low, "rewards/accuracies_high": high}
-    return {f"eval/{name}": value for name, value in result.items()}
+    return result
+
+
+def held_out_names(metrics: dict[str, float]) -> dict[str, float]:
+    """The same under the names of held-out metrics, `eval/...`."""
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:

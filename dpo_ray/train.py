@@ -25,13 +25,13 @@ from dpo_ray.data.encode import TokenFiles, TokenTable
 from dpo_ray.engine import ZeroEngine, sharded_loading
 from dpo_ray.errors import RunFailed
 from dpo_ray.losses import LossFunction, PairLogps, loss_function
-from dpo_ray.metrics import MetricSums, held_out, means, pair_sums
+from dpo_ray.metrics import MetricSums, held_out_names, means, means_with_interval, pair_sums
 from dpo_ray.models import copy_generation_settings, export, load_policy, load_tokenizer, policy_source, usable_layout
 from dpo_ray.pairs import TokenizedPair
 from dpo_ray.prepare import step_order
 from dpo_ray.reference import ReferenceStore, ReferenceTable
 from dpo_ray.stopping import Evaluation, best_evaluation, decide, overtraining
-from dpo_ray.storage import Folder
+from dpo_ray.storage import Folder, read_lines
 
 METRICS_FILE = "metrics.jsonl"
 STOP_FILE = ".stop"
@@ -58,75 +58,60 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     run, context = job.run, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
-    log = RunLog(run.folder) if rank == 0 else None
-
     order = step_order(run, job.train_pairs.num_pairs)
     with sharded_loading(run.engine, run.optim):
         model = load_policy(run.model, run.engine.precision, run.train.seed)
     worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size)
     train = PairSet(job.train_pairs, job.reference, worker.batch)
     evaluation = PairSet(job.held_out_pairs, job.reference, worker.batch)
+
     torch.manual_seed(run.train.seed + rank)
     state = restore(worker.engine, rank, world_size)
-    resumed_from = state.step
+    resumed_from, state.stop_reason = state.step or None, None
+    log = RunLog(run.folder, rank, state.step)
+    if worker.batch != run.batch:
+        log.write({"step": state.step, "alarm": "this architecture needs padded rows: every prompt is computed twice"})
     if state.step == 0:
         worker.self_check(train, order.pairs_of(1), job.reference_is_start)
-    else:
-        state.stop_reason = None
-    if log is not None:
-        log.begin(state.step)
-        if worker.batch != run.batch:
-            log.write(
-                {"step": state.step, "alarm": "this architecture needs the padded layout: prompts are computed twice"}
-            )
 
     while state.step < order.num_steps and state.stop_reason is None:
         began = time.perf_counter()
         step = state.step + 1
         sums = worker.step(train, order.pairs_of(step), step)
-        state.since_log = {name: state.since_log.get(name, 0.0) + sums[name] for name in sums}
-        state.step, state.train_seconds = step, state.train_seconds + time.perf_counter() - began
-        state.tokens, state.slots, state.filled = (
-            state.tokens + int(sums["tokens"]), state.slots + int(sums["slots"]), state.filled + int(sums["filled"])
-        )  # fmt: skip
+        state.add_step(sums, time.perf_counter() - began)
         is_last = step == order.num_steps
-        interrupted = sums["stop_requested"] > 0
 
         if step == 1 or step % run.train.log_every_steps == 0 or is_last:
             line = means(state.since_log) | worker.last_step
             state.train_lines.append(Evaluation(step, line))
-            if log is not None:
-                rate = order.pairs_before(step) / state.train_seconds
-                log.write({"step": step, "epoch": order.epoch_at(step), **line, "pairs_per_second": rate})
             state.since_log = {}
+            rate = order.pairs_before(step) / state.train_seconds
+            log.write({"step": step, "epoch": order.epoch_at(step), **line, "pairs_per_second": rate})
 
         evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
         if evaluated:
-            line = held_out(worker.evaluate(evaluation))
-            state.evaluations.append(Evaluation(step, {k.removeprefix("eval/"): v for k, v in line.items()}))
-            if log is not None:
-                log.write({"step": step, "epoch": order.epoch_at(step), **line})
+            line = means_with_interval(worker.evaluate(evaluation))
+            state.evaluations.append(Evaluation(step, line))
+            log.write({"step": step, "epoch": order.epoch_at(step), **held_out_names(line)})
             if run.early_stopping is not None and not is_last:
                 state.stop_reason = decide(run.early_stopping, state.evaluations).reason
             alarm = overtraining(state.train_lines, state.evaluations)
             if alarm is not None and not state.alarms:
                 state.alarms.append(alarm)
-                if log is not None:
-                    log.write({"step": step, "alarm": alarm})
-        if interrupted:
+                log.write({"step": step, "alarm": alarm})
+        if sums["stop_requested"] > 0:
             state.stop_reason = "interrupted"
 
         best = best_evaluation(state.evaluations, run.best_metric)
         is_best = evaluated and best is not None and best.step == step
-        ends = is_last or state.stop_reason is not None
-        if is_best or ends or step % run.checkpoint.every_steps == 0:
+        if is_best or is_last or state.stop_reason is not None or step % run.checkpoint.every_steps == 0:
             save(worker, job, state, is_best)
         elif evaluated:
             ray.train.report(report_metrics(state))
 
     return {
         "state": dataclasses.asdict(state),
-        "resumed_from_step": resumed_from or None,
+        "resumed_from_step": resumed_from,
         "peak_memory_gib": worker.peak_memory_gib(),
         "overflowed_steps": worker.engine.overflowed_steps,
         "pairs_seen": order.pairs_before(state.step),
@@ -272,21 +257,22 @@ class Worker:
 
 
 class RunLog:
-    """`metrics.jsonl` of the run folder, written by rank 0."""
+    """`metrics.jsonl` of the run folder; rank 0 writes it, the others write nothing.
 
-    def __init__(self, folder: str) -> None:
-        self._folder = Folder(folder)
+    Args:
+        step: Where the run starts from; lines after it are dropped, they will be written again.
+    """
 
-    def begin(self, step: int) -> None:
-        """Drop lines after the step that the run starts from: they will be written again."""
-        if not self._folder.exists(METRICS_FILE):
-            return
-        lines = self._folder.read(METRICS_FILE).decode().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self._folder.write(METRICS_FILE, "".join(line + "\n" for line in kept).encode())
+    def __init__(self, folder: str, rank: int, step: int) -> None:
+        self._folder, self._writes = Folder(folder), rank == 0
+        if self._writes and self._folder.exists(METRICS_FILE):
+            lines = self._folder.read(METRICS_FILE)
+            kept = [json.dumps(line) + "\n" for line in read_lines(lines) if line["step"] <= step]
+            self._folder.write(METRICS_FILE, "".join(kept).encode())
 
     def write(self, line: dict[str, Any]) -> None:
-        self._folder.append(METRICS_FILE, json.dumps(line))
+        if self._writes:
+            self._folder.append(METRICS_FILE, json.dumps(line))
 
 
 def restore(engine: ZeroEngine, rank: int, world_size: int) -> TrainState:
@@ -336,5 +322,5 @@ def report_metrics(state: TrainState) -> dict[str, Any]:
     if state.train_lines:
         metrics |= state.train_lines[-1].metrics
     if state.evaluations:
-        metrics |= {f"eval/{name}": value for name, value in state.evaluations[-1].metrics.items()}
+        metrics |= held_out_names(state.evaluations[-1].metrics)
     return metrics

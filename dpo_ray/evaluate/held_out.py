@@ -8,7 +8,7 @@ import torch
 from dpo_ray.config import RunConfig
 from dpo_ray.data.encode import TokenTable
 from dpo_ray.losses import loss_function
-from dpo_ray.metrics import held_out, pair_sums
+from dpo_ray.metrics import held_out_names, means_with_interval, pair_sums
 from dpo_ray.models import ModelSource
 from dpo_ray.reference import ReferenceTable, fill
 
@@ -40,4 +40,4 @@ def evaluate_model(
     loss = loss_function(run.loss.kind, run.loss.model_dump(exclude={"kind"}))(policy, frozen)
     sums = pair_sums(policy, frozen, loss, torch.ones(len(pairs), dtype=torch.float64))
     sums["entropy"] = torch.tensor(scored.entropy)
-    return held_out({name: float(value) for name, value in sums.items()})
+    return held_out_names(means_with_interval({name: float(value) for name, value in sums.items()}))

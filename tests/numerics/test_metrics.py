@@ -11,7 +11,16 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from dpo_ray.losses import PairLogps, PreferenceLoss, dpo_loss, sft_loss
-from dpo_ray.metrics import METRICS, MetricSums, held_out, means, pair_sums, standard_error, wilson_interval
+from dpo_ray.metrics import (
+    METRICS,
+    MetricSums,
+    held_out_names,
+    means,
+    means_with_interval,
+    pair_sums,
+    standard_error,
+    wilson_interval,
+)
 
 
 def logps(num_pairs: int, seed: int) -> PairLogps:
@@ -135,7 +144,7 @@ def test_interval_of_nothing_is_everything():
 
 def test_held_out_metrics_have_their_prefix_and_the_interval_of_the_accuracies():
     sums = {name: value.item() for name, value in sums_of(POLICY, REFERENCE).items()}
-    plain, result = means(sums), held_out(sums)
+    plain, result = means(sums), held_out_names(means_with_interval(sums))
     low, high = wilson_interval(plain["rewards/accuracies"], 9)
     assert result == {f"eval/{name}": value for name, value in plain.items()} | {
         "eval/rewards/accuracies_low": low,
@@ -145,7 +154,7 @@ def test_held_out_metrics_have_their_prefix_and_the_interval_of_the_accuracies()
 
 
 def test_held_out_metrics_without_rewards_have_no_interval():
-    result = held_out({"loss": 3.0, "num_pairs": 2.0, "num_tokens": 10.0})
+    result = held_out_names(means_with_interval({"loss": 3.0, "num_pairs": 2.0, "num_tokens": 10.0}))
     assert result == {"eval/loss": 1.5, "eval/num_pairs": 2}
 
 
