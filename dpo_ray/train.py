@@ -219,7 +219,7 @@ class Worker:
         """Refuse to train when the policy, before step 1, does not give its stored reference log-probs: loss ln 2.
 
         Raises:
-            RunFailed: Says by how much, and for which pair.
+            RunFailed: Says by how much.
         """
         if pair_set.reference is None or not reference_is_start or self._run.loss.kind != "dpo":
             return

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_ray.config import RunConfig, parse_run
-from dpo_ray.errors import InputError
+from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.launch import Interrupt, RunResult, Silent, fit
 
 pytestmark = pytest.mark.ray
@@ -249,3 +249,22 @@ def test_early_stopping_keeps_the_best_checkpoint(first: RunResult, shared: Path
     exported = load_file(Path(summary["model_path"]) / "model.safetensors")
     assert all(torch.equal(value, exported[name]) for name, value in load_file(kept).items())
     assert any(not torch.equal(value, exported[name]) for name, value in load_file(last).items())
+
+
+def test_a_reference_that_is_not_the_models_is_refused_before_step_1(first: RunResult, shared: Path, storage: Path):
+    """Half a nat too much in every stored value of a rejected response: the first loss is not ln 2."""
+    from dpo_ray.prepare import prepare, resolve
+    from dpo_ray.reference import ReferenceStore, response_key
+
+    run = resolve(recipe(shared, storage, "wrong-reference"))
+    pairs = [*(prepared := prepare(run)).train_pairs, *prepared.held_out_pairs]
+    fingerprint = first.summary["reference_fingerprint"]
+    right = ReferenceStore(str(run.reference.store), fingerprint, "fp32")
+    wrong = ReferenceStore(str(storage / "wrong"), fingerprint, "fp32")
+    rejected = {response_key(pair.prompt_ids, pair.rejected_ids) for pair in pairs}
+    chosen = {response_key(pair.prompt_ids, pair.chosen_ids) for pair in pairs}
+    shifted = {key: value._replace(logps=value.logps + 0.5) for key, value in right.read(rejected).items()}
+    wrong.write(right.read(chosen) | shifted)
+    with pytest.raises(RunFailed, match=r"self-check: .* instead of ln 2"):
+        fit(recipe(shared, storage, "wrong-reference", reference__store=str(storage / "wrong")))
+    assert not (storage / "wrong-reference/metrics.jsonl").exists()
