@@ -181,15 +181,144 @@ class DataConfig(Config):
         return sources
 
 
-class DpoConfig(Config):
-    kind: Literal["dpo"] = "dpo"
-    """Direct Preference Optimization, eq. 7 of arXiv:2305.18290."""
+class PairLossConfig(Config):
+    sft_weight: float = Field(default=0.0, ge=0)
+    """Adds this much of the chosen response's negative log-likelihood per token (the `sft` loss)."""
 
+
+class DivergenceConfig(PairLossConfig):
     beta: float = Field(default=0.1, gt=0)
     """Weight of the implicit KL penalty to the reference; larger stays closer to it."""
 
+    f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """What measures the distance to the reference (arXiv:2309.16240); `reverse_kl` is DPO's."""
+
+    f_alpha: float = Field(default=0.5, gt=0)
+    """Order of the alpha divergence; near 1 it is the reverse KL. Read with `alpha_divergence` only."""
+
+    @model_validator(mode="after")
+    def _alpha_is_of_the_alpha_divergence(self) -> "DivergenceConfig":
+        if "f_alpha" in self.model_fields_set and self.f_divergence != "alpha_divergence":
+            raise ValueError("f_alpha is read with f_divergence: alpha_divergence only")
+        return self
+
+
+class RatioConfig(PairLossConfig):
+    beta: float = Field(default=0.1, gt=0)
+    """Scale of the rewards, beta * (log pi - log pi_ref)."""
+
+
+class DpoConfig(DivergenceConfig):
+    kind: Literal["dpo"] = "dpo"
+    """Direct Preference Optimization, eq. 7 of arXiv:2305.18290."""
+
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels (conservative DPO); 0 is plain DPO."""
+
+
+class RobustConfig(DivergenceConfig):
+    kind: Literal["robust"] = "robust"
+    """DPO that is unbiased under flipped labels, arXiv:2403.00409."""
+
+    label_smoothing: float = Field(default=0.1, gt=0, lt=0.5)
+    """Share of flipped labels."""
+
+
+class IpoConfig(DivergenceConfig):
+    kind: Literal["ipo"] = "ipo"
+    """Identity preference optimization, eq. 17 of arXiv:2310.12036; beta is the paper's tau."""
+
+    reduction: Literal["mean", "sum"] = "mean"
+    """Log-ratios per token, as behind the paper's results, or summed."""
+
+
+class HingeConfig(DivergenceConfig):
+    kind: Literal["hinge"] = "hinge"
+    """max(0, 1 - beta h), arXiv:2305.10425."""
+
+
+class SigmoidNormConfig(DivergenceConfig):
+    kind: Literal["sigmoid_norm"] = "sigmoid_norm"
+    """Length-normalised DPO, eq. 6 of arXiv:2411.15124."""
+
+    beta: float = Field(default=5.0, gt=0)
+    """Weight of the penalty, per token: 5 here does about what 0.1 does in `dpo`."""
+
+
+class ExoPairConfig(DivergenceConfig):
+    kind: Literal["exo_pair"] = "exo_pair"
+    """EXO for pairs, eq. 16 of arXiv:2402.00856."""
+
+    label_smoothing: float = Field(default=1e-3, gt=0, lt=0.5)
+    """Probability of the label being wrong; must not be 0."""
+
+
+class DiscopopConfig(DivergenceConfig):
+    kind: Literal["discopop"] = "discopop"
+    """Log-ratio modulated loss, eq. 5 of arXiv:2406.08414."""
+
+    tau: float = Field(default=0.05, gt=0)
+    """Temperature of the blend."""
+
+
+class DpopConfig(RatioConfig):
+    kind: Literal["dpop"] = "dpop"
+    """DPO-Positive, eq. 3 of arXiv:2402.13228."""
+
+    penalty: float = Field(default=50.0, ge=0)
+    """Weight of a chosen log-prob below the reference's (lambda in the paper)."""
+
+
+class NcaPairConfig(RatioConfig):
+    kind: Literal["nca_pair"] = "nca_pair"
+    """Noise contrastive alignment, arXiv:2402.05369."""
+
+
+class BcoPairConfig(RatioConfig):
+    kind: Literal["bco_pair"] = "bco_pair"
+    """Binary classifier of both responses, arXiv:2404.04656."""
+
+
+class SppoHardConfig(RatioConfig):
+    kind: Literal["sppo_hard"] = "sppo_hard"
+    """Self-play preference optimization with hard labels, eq. 4.7 of arXiv:2405.00675."""
+
+
+class ApoZeroConfig(RatioConfig):
+    kind: Literal["apo_zero"] = "apo_zero"
+    """Anchored: for chosen responses better than the model's own, eq. 7 of arXiv:2408.06266."""
+
+
+class ApoDownConfig(RatioConfig):
+    kind: Literal["apo_down"] = "apo_down"
+    """Anchored: for chosen responses worse than the model's own, eq. 8 of arXiv:2408.06266."""
+
+
+class SimpoConfig(PairLossConfig):
+    kind: Literal["simpo"] = "simpo"
+    """Mean log-probs with a margin, eq. 6 of arXiv:2405.14734; no reference."""
+
+    beta: float = Field(default=2.0, gt=0)
+    """Scale of the mean log-probs; 2 to 10."""
+
+    gamma: float = Field(default=1.0, ge=0)
+    """Target margin; 0.3 to 0.8 times beta."""
+
+
+class CpoConfig(PairLossConfig):
+    kind: Literal["cpo"] = "cpo"
+    """DPO without a reference, eq. 5 of arXiv:2401.08417; the paper adds `sft_weight: 1`."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Scale of the log-probs."""
+
+
+class OrpoConfig(Config):
+    kind: Literal["orpo"] = "orpo"
+    """Likelihood plus odds ratio, eq. 6 of arXiv:2403.07691; no reference."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds ratio (lambda in the paper)."""
 
 
 class SftConfig(Config):
@@ -197,7 +326,26 @@ class SftConfig(Config):
     """Negative log-likelihood of the chosen response, per token; needs no reference."""
 
 
-LossConfig = Annotated[DpoConfig | SftConfig, Field(discriminator="kind")]
+LossConfig = Annotated[
+    DpoConfig
+    | RobustConfig
+    | IpoConfig
+    | HingeConfig
+    | SigmoidNormConfig
+    | ExoPairConfig
+    | DiscopopConfig
+    | DpopConfig
+    | NcaPairConfig
+    | BcoPairConfig
+    | SppoHardConfig
+    | ApoZeroConfig
+    | ApoDownConfig
+    | SimpoConfig
+    | CpoConfig
+    | OrpoConfig
+    | SftConfig,
+    Field(discriminator="kind"),
+]
 
 
 class BatchConfig(Config):
@@ -452,7 +600,9 @@ def _with_override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]
 def _explain(error: ValidationError) -> str:
     """One line for the first problem: the dotted key, what is wrong, and the nearest known key."""
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    location = [str(part) for part in problem["loc"] if part not in ("dpo", "sft")]
+    location = [str(part) for part in problem["loc"]]
+    if location[:1] == ["loss"] and len(location) > 1:
+        del location[1]  # the kind, which pydantic puts between
     key = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":

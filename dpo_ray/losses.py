@@ -6,10 +6,12 @@ B is the number of preference pairs in the micro-batch; log-probabilities are in
 A new loss is a function here, a section in `config` and a line in `LOSSES`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,7 +33,15 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor | None  # [B], detached
 
 
-def dpo_loss(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> PreferenceLoss:
+def dpo_loss(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+) -> PreferenceLoss:
     """Direct Preference Optimization, with optional label smoothing.
 
     With h the policy's log-ratio of chosen to rejected less the reference's,
@@ -46,16 +56,197 @@ def dpo_loss(policy: PairLogps, reference: PairLogps, *, beta: float, label_smoo
         reference: Log-probs under the frozen reference, without.
         beta: KL penalty weight, > 0.
         label_smoothing: eps, the assumed share of flipped labels, in [0, 0.5).
+        f_divergence: What keeps the policy near the reference; see `_scores`.
 
     Returns:
         The loss of each pair, not reduced, and rewards beta * (log pi - log pi_ref).
     """
-    chosen_ratio = policy.chosen - reference.chosen
-    rejected_ratio = policy.rejected - reference.rejected
-    logits = beta * (chosen_ratio - rejected_ratio)
-
+    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha)
     loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-    return PreferenceLoss(loss, beta * chosen_ratio.detach(), beta * rejected_ratio.detach())
+    return _with_rewards(loss, policy, reference, beta)
+
+
+def robust_loss(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+) -> PreferenceLoss:
+    """Robust DPO, unbiased when a share eps of the labels is flipped: eq. 12 of Chowdhury et al. (arXiv:2403.00409).
+
+    loss = [-(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h)] / (1 - 2 eps)
+    """
+    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha)
+    loss = -(1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)
+    return _with_rewards(loss / (1 - 2 * label_smoothing), policy, reference, beta)
+
+
+def ipo_loss(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    reduction: str = "mean",
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+) -> PreferenceLoss:
+    """Identity preference optimization: (h - 1 / (2 beta))^2, eq. 17 of Azar et al. 2023 (arXiv:2310.12036).
+
+    With `reduction` `mean`, h is of log-ratios per token, the form behind the paper's results as its authors told TRL;
+    with `sum` of summed ones, as in the original DPO code and OpenRLHF.
+    """
+    chosen, rejected = _scores(policy, reference, f_divergence, f_alpha)
+    if reduction == "mean":
+        chosen, rejected = chosen / policy.chosen_tokens, rejected / policy.rejected_tokens
+    return _with_rewards((chosen - rejected - 1 / (2 * beta)) ** 2, policy, reference, beta)
+
+
+def hinge_loss(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+) -> PreferenceLoss:
+    """max(0, 1 - beta h): the hinge of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425) on DPO's reward, as in RSO."""
+    gap = _score_gap(policy, reference, f_divergence, f_alpha)
+    return _with_rewards(F.relu(1 - beta * gap), policy, reference, beta)
+
+
+def sigmoid_norm_loss(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+) -> PreferenceLoss:
+    """Length-normalised DPO: log-ratios per token. Eq. 6 of Lambert et al. 2024 (Tulu 3, arXiv:2411.15124).
+
+    The same as `dpo_norm` of open-instruct and `preference_average_log_probs` of NeMo RL; beta is near 5 here, not 0.1.
+    """
+    chosen, rejected = _scores(policy, reference, f_divergence, f_alpha)
+    gap = chosen / policy.chosen_tokens - rejected / policy.rejected_tokens
+    return _with_rewards(-F.logsigmoid(beta * gap), policy, reference, beta)
+
+
+def exo_pair_loss(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    label_smoothing: float,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+) -> PreferenceLoss:
+    """KL of the policy's preference from the smoothed label: eq. 16 of Ji et al. 2024 (EXO, arXiv:2402.00856).
+
+    loss = q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps),    q = sigmoid(beta h)
+    """
+    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha)
+    log_q, log_rest = F.logsigmoid(logits), F.logsigmoid(-logits)
+    loss = log_q.exp() * (log_q - math.log1p(-label_smoothing)) + log_rest.exp() * (
+        log_rest - math.log(label_smoothing)
+    )
+    return _with_rewards(loss, policy, reference, beta)
+
+
+def discopop_loss(
+    policy: PairLogps,
+    reference: PairLogps,
+    *,
+    beta: float,
+    tau: float = 0.05,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 1.0,
+) -> PreferenceLoss:
+    """Log-ratio modulated loss: a blend of the logistic and the exponential one. Eq. 5 of Lu et al. 2024
+    (DiscoPOP, arXiv:2406.08414).
+
+        loss = (1 - m) (-log sigmoid(beta h)) + m exp(-beta h),    m = sigmoid(beta h / tau)
+    """
+    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha)
+    # m exp(-x) as one exponential: at a large negative x the factors are 0 and infinity, their product is small.
+    blended = (F.logsigmoid(logits / tau) - logits).exp()
+    return _with_rewards(-torch.sigmoid(-logits / tau) * F.logsigmoid(logits) + blended, policy, reference, beta)
+
+
+def dpop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: float = 50.0) -> PreferenceLoss:
+    """DPO-Positive: punishes chosen log-probs that sink below the reference's. Eq. 3 of Pal et al. 2024
+    (Smaug, arXiv:2402.13228).
+
+        loss = -log sigmoid(beta (h - penalty max(0, log pi_ref(chosen) - log pi(chosen))))
+    """
+    gap = _score_gap(policy, reference, "reverse_kl", 1.0)
+    sunk = F.relu(reference.chosen - policy.chosen)
+    return _with_rewards(-F.logsigmoid(beta * (gap - penalty * sunk)), policy, reference, beta)
+
+
+def nca_pair_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
+    """Noise contrastive alignment of a pair, in absolute rewards. Chen et al. 2024 (arXiv:2402.05369), section 4."""
+    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    loss = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    return _with_rewards(loss, policy, reference, beta)
+
+
+def bco_pair_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
+    """Binary classification of both responses, without the moving threshold: Jung et al. 2024 (arXiv:2404.04656)."""
+    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    return _with_rewards(-F.logsigmoid(chosen) - F.logsigmoid(-rejected), policy, reference, beta)
+
+
+def sppo_hard_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
+    """Self-play preference optimization with hard labels: eq. 4.7 of Wu et al. 2024 (arXiv:2405.00675), P in {0, 1}."""
+    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    return _with_rewards((chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2, policy, reference, beta)
+
+
+def apo_zero_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
+    """Anchored preference optimization for chosen responses better than the model's own: eq. 7 of D'Oosterlinck et al.
+    2024 (arXiv:2408.06266)."""
+    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    return _with_rewards(torch.sigmoid(-chosen) + torch.sigmoid(rejected), policy, reference, beta)
+
+
+def apo_down_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
+    """The same for chosen responses worse than the model's own: eq. 8 of arXiv:2408.06266."""
+    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    return _with_rewards(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), policy, reference, beta)
+
+
+def simpo_loss(policy: PairLogps, reference: PairLogps | None = None, *, beta: float, gamma: float) -> PreferenceLoss:
+    """Mean log-probs as rewards, with a target margin: eq. 6 of Meng et al. 2024 (arXiv:2405.14734). No reference.
+
+    loss = -log sigmoid(beta (mean log pi(chosen) - mean log pi(rejected)) - gamma)
+    """
+    chosen, rejected = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+    loss = -F.logsigmoid(beta * (chosen - rejected) - gamma)
+    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+
+
+def cpo_loss(policy: PairLogps, reference: PairLogps | None = None, *, beta: float) -> PreferenceLoss:
+    """Contrastive preference optimization: DPO under a uniform reference, eq. 5 of Xu et al. 2024 (arXiv:2401.08417).
+
+    The paper adds the likelihood of the chosen response, eq. 6: here `sft_weight: 1`.
+    """
+    loss = -F.logsigmoid(beta * (policy.chosen - policy.rejected))
+    return PreferenceLoss(loss, beta * policy.chosen.detach(), beta * policy.rejected.detach())
+
+
+def orpo_loss(policy: PairLogps, reference: PairLogps | None = None, *, beta: float) -> PreferenceLoss:
+    """Likelihood of the chosen response plus a log odds ratio: eq. 6 of Hong et al. 2024 (arXiv:2403.07691).
+
+        loss = NLL(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)),    odds = p / (1 - p)
+
+    with p = exp(mean log-prob); beta is the paper's lambda. No reference.
+    """
+    chosen, rejected = policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens
+    odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
+    return PreferenceLoss(-chosen - beta * F.logsigmoid(odds), beta * chosen.detach(), beta * rejected.detach())
 
 
 def sft_loss(policy: PairLogps, reference: PairLogps | None = None) -> PreferenceLoss:
@@ -68,13 +259,82 @@ def sft_loss(policy: PairLogps, reference: PairLogps | None = None) -> Preferenc
 
 LossFunction = Callable[[PairLogps, PairLogps | None], PreferenceLoss]
 
-LOSSES: Mapping[str, Callable[..., PreferenceLoss]] = {"dpo": dpo_loss, "sft": sft_loss}
+LOSSES: Mapping[str, Callable[..., PreferenceLoss]] = {
+    "dpo": dpo_loss,
+    "robust": robust_loss,
+    "ipo": ipo_loss,
+    "hinge": hinge_loss,
+    "sigmoid_norm": sigmoid_norm_loss,
+    "exo_pair": exo_pair_loss,
+    "discopop": discopop_loss,
+    "dpop": dpop_loss,
+    "nca_pair": nca_pair_loss,
+    "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss,
+    "apo_zero": apo_zero_loss,
+    "apo_down": apo_down_loss,
+    "simpo": simpo_loss,
+    "cpo": cpo_loss,
+    "orpo": orpo_loss,
+    "sft": sft_loss,
+}
 """`loss.kind` -> function; its keyword arguments are the other keys of that section."""
 
-REFERENCE_FREE = frozenset({"sft"})
+REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
 """Losses that need no reference pass."""
 
 
-def loss_function(kind: str, options: Mapping[str, Any]) -> LossFunction:
-    """The loss of a recipe: `loss_function("dpo", {"beta": 0.1, "label_smoothing": 0.0})`."""
-    return partial(LOSSES[kind], **options)
+def loss_function(kind: str, *, sft_weight: float = 0.0, **options: Any) -> LossFunction:
+    """The loss of a recipe: `loss_function(**run.loss.model_dump())`.
+
+    Args:
+        sft_weight: Adds that much of `sft_loss` to another loss.
+        options: The keyword arguments of that loss.
+    """
+    base: LossFunction = partial(LOSSES[kind], **options)
+    if sft_weight == 0.0:
+        return base
+
+    def with_sft(policy: PairLogps, reference: PairLogps | None) -> PreferenceLoss:
+        result = base(policy, reference)
+        return result._replace(loss=result.loss + sft_weight * sft_loss(policy).loss)
+
+    return with_sft
+
+
+def _scores(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha: float) -> tuple[Tensor, Tensor]:
+    """f'(pi / pi_ref) of both responses: the reward under an f-divergence instead of the KL, up to beta and a constant.
+    Table 1 of Wang et al. 2023 (arXiv:2309.16240); `reverse_kl` is DPO's own, the log-ratio."""
+
+    def derivative(log_ratio: Tensor) -> Tensor:
+        if f_divergence == "forward_kl":
+            return 1 - torch.exp((-log_ratio).clamp(max=MAX_EXPONENT))
+        if f_divergence == "js_divergence":
+            return math.log(2) + F.logsigmoid(log_ratio)
+        if f_divergence == "alpha_divergence" and f_alpha != 1.0:
+            return (torch.exp(((f_alpha - 1) * log_ratio).clamp(max=MAX_EXPONENT)) - 1) / (f_alpha - 1)
+        return log_ratio
+
+    return derivative(policy.chosen - reference.chosen), derivative(policy.rejected - reference.rejected)
+
+
+MAX_EXPONENT = 80.0
+"""exp of it is still a float32."""
+
+
+def _score_gap(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha: float) -> Tensor:
+    """h: the chosen response's score less the rejected one's."""
+    chosen, rejected = _scores(policy, reference, f_divergence, f_alpha)
+    return chosen - rejected
+
+
+def _with_rewards(loss: Tensor, policy: PairLogps, reference: PairLogps, beta: float) -> PreferenceLoss:
+    """The loss with DPO's rewards, beta * (log pi - log pi_ref)."""
+    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, without cancellation near 0 (Maechler 2012)."""
+    x = x.clamp(max=-1e-7)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

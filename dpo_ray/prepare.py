@@ -67,10 +67,10 @@ def check_recipe(run: RunConfig) -> None:
         InputError: Names the key.
     """
     if run.early_stopping is not None:
-        rewards = run.loss.kind not in REFERENCE_FREE
-        check_metric(
-            run.early_stopping.metric, [m for m in METRICS if rewards or not (m.startswith("rewards/") or m == "kl")]
-        )
+        missing = {"kl"} if run.loss.kind in REFERENCE_FREE else set()
+        if run.loss.kind == "sft":
+            missing |= {name for name in METRICS if name.startswith("rewards/")}
+        check_metric(run.early_stopping.metric, [name for name in METRICS if name not in missing])
     context = getattr(read_config(policy_source(run.model)), "max_position_embeddings", None)
     if context is not None and run.data.max_tokens > context:
         raise InputError(

@@ -147,10 +147,9 @@ class Worker:
         self.engine, self.rank, self.world_size = engine, rank, world_size
         self.last_step: dict[str, float] = {}
         self._run = run
-        options = run.loss.model_dump(exclude={"kind"})
         layout = usable_layout(engine, engine.model.config, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
-        self._loss: LossFunction = loss_function(run.loss.kind, options)
+        self._loss: LossFunction = loss_function(**run.loss.model_dump())
         self._stop_file, self._polled = Folder(run.folder), 0.0
 
     def step(self, pair_set: PairSet, numbers: Sequence[int], step: int) -> dict[str, float]:
@@ -216,26 +215,28 @@ class Worker:
         return sums
 
     def self_check(self, pair_set: PairSet, numbers: Sequence[int], reference_is_start: bool) -> None:
-        """Refuse to train when the policy, before step 1, does not give its stored reference log-probs: loss ln 2.
+        """Refuse to train when the policy, before step 1, does not give its stored reference log-probs.
+
+        The loss must then be what it is of the reference against itself: ln 2 for DPO.
 
         Raises:
-            RunFailed: Says by how much.
+            RunFailed: Says by how much it differs.
         """
-        if pair_set.reference is None or not reference_is_start or self._run.loss.kind != "dpo":
-            return
         lora = self._run.model.lora
-        if lora is not None and lora.dropout > 0:
+        if pair_set.reference is None or not reference_is_start or (lora is not None and lora.dropout > 0):
             return
+        same = pair_set.reference.logps(numbers)
+        expected = float(self._loss(same, same).loss.mean())
         self.engine.train(False)
         with torch.no_grad():
             reduced = self._pass(pair_set, numbers, divide_by=None).reduced()
-        count = reduced["num_pairs"]
-        loss, margin = reduced["loss"] / count, reduced["rewards/margins"] / count
+        loss, margin = (reduced[name] / reduced["num_pairs"] for name in ("loss", "rewards/margins"))
         tolerance = 1e-4 if self._run.engine.precision == "fp32" else 5e-2
-        if abs(loss - math.log(2)) > tolerance:
+        if abs(loss - expected) > tolerance * max(1.0, abs(expected)):
             raise RunFailed(
-                f"self-check: policy and reference differ before step 1: loss {loss:.6f} instead of ln 2 = 0.693147, "
-                f"mean reward margin {margin:.4g} over {count:.0f} pairs; is {self._run.reference.store} of this model?"
+                f"self-check: policy and reference differ before step 1: loss {loss:.6f} instead of {expected:.6f}, "
+                f"mean reward margin {margin:.4g} over {len(numbers)} pairs; "
+                f"is {self._run.reference.store} of this model?"
             )
 
     def _stop_requested(self) -> torch.Tensor:

@@ -37,7 +37,7 @@ def evaluate_model(
     scored = table(model)
     policy = scored.logps(numbers)
     frozen = None if reference is None else table(reference).logps(numbers)
-    loss = loss_function(run.loss.kind, run.loss.model_dump(exclude={"kind"}))(policy, frozen)
+    loss = loss_function(**run.loss.model_dump())(policy, frozen)
     sums = pair_sums(policy, frozen, loss, torch.ones(len(pairs), dtype=torch.float64))
     sums["entropy"] = torch.tensor(scored.entropy)
     return held_out_names(means_with_interval({name: float(value) for name, value in sums.items()}))

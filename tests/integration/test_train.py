@@ -265,6 +265,6 @@ def test_a_reference_that_is_not_the_models_is_refused_before_step_1(first: RunR
     chosen = {response_key(pair.prompt_ids, pair.chosen_ids) for pair in pairs}
     shifted = {key: value._replace(logps=value.logps + 0.5) for key, value in right.read(rejected).items()}
     wrong.write(right.read(chosen) | shifted)
-    with pytest.raises(RunFailed, match=r"self-check: .* instead of ln 2"):
+    with pytest.raises(RunFailed, match=r"self-check: .* instead of 0\.693147"):
         fit(recipe(shared, storage, "wrong-reference", reference__store=str(storage / "wrong")))
     assert not (storage / "wrong-reference/metrics.jsonl").exists()
