@@ -355,8 +355,8 @@ class BatchConfig(Config):
     tokens_per_device: int = Field(default=8192, ge=2)
     """Most tokens in one forward-backward on one device, padding included. Changes speed and memory, not results."""
 
-    row_tokens: int = Field(default=512, ge=2)
-    """Pairs are packed into rows of about this many tokens (longer where one pair is). Changes speed, not results."""
+    row_tokens: int = Field(default=1024, ge=2)
+    """Pairs are packed into rows of about this many tokens (a longer pair has its own). Changes speed, not results."""
 
     layout: Literal["branches", "padded"] = "branches"
     """`branches`: prompt once, both responses behind it, pairs packed. `padded`: every response in its own row."""

@@ -80,44 +80,39 @@ class StepOrder:
         return int(self._order[within])
 
 
+ROW_WIDTHS = (0.5, 0.75, 1.0, 1.25)
+"""Widths of rows that a plan tries, in `row_tokens`."""
+
+
 def plan_step(
     lengths: Sequence[Lengths], *, num_workers: int, tokens_per_device: int, row_tokens: int, layout: Layout
 ) -> list[list[MicroBatch]]:
     """Micro-batches of a step: `plan[m][rank]`; every rank has as many.
 
-    Rows are packed by best-fit decreasing, then dealt to the micro-batches by cost, costliest first, so that ranks that
-    wait for each other have about the same work. No micro-batch has more than `tokens_per_device` places.
+    Rows are packed by best-fit decreasing; rows of like width share a micro-batch, and micro-batches of like cost run
+    at the same time, so that little is padding and ranks that wait for each other have about the same work. Of some
+    row widths, the cheapest is taken. No micro-batch has more than `tokens_per_device` places.
 
     Raises:
         ValueError: One item alone is larger than `tokens_per_device`.
     """
     if layout == "branches":
-        total = sum(item.branched for item in lengths)
-        capacity = min(row_tokens, tokens_per_device, math.ceil(total / num_workers))
-        rows = pack_rows([item.branched for item in lengths], capacity)
-        units = [(sum(lengths[i].branched for i in row), 1, row) for row in rows]
+        sizes = [item.branched for item in lengths]
+        share = math.ceil(sum(sizes) / num_workers)  # wider rows would leave a worker without one
+        widths = {
+            min(math.ceil(row_tokens * factor), tokens_per_device, most)
+            for factor in ROW_WIDTHS
+            for most in (share, math.ceil(share / 2))
+        }
+        candidates = [
+            [_Unit(sum(sizes[i] for i in row), 1, row) for row in pack_rows(sizes, width)] for width in sorted(widths)
+        ]
     else:
-        units = [(item.padded, len(item.responses), [i]) for i, item in enumerate(lengths)]
-    units.sort(key=lambda unit: (-unit[0], unit[2]))
-    for width, height, row in units:
-        if width * height > tokens_per_device:
-            raise ValueError(
-                f"item {row[0]} has {width * height} tokens, more than tokens_per_device {tokens_per_device}"
-            )
-
-    smallest = sum(width * height for width, height, _ in units) / (tokens_per_device * num_workers)
-    passes = max(1, math.ceil(smallest))
-    while (bins := _deal(units, passes * num_workers, tokens_per_device)) is None:
-        passes += 1
-    bins.sort(key=_cost, reverse=True)
-
+        candidates = [[_Unit(item.padded, len(item.responses), [i]) for i, item in enumerate(lengths)]]
+    plans = [_arrange(units, num_workers, tokens_per_device) for units in candidates]
+    best = min(plans, key=lambda plan: sum(max(map(_cost, beside)) for beside in plan))
     filler = min(range(len(lengths)), key=lambda i: (lengths[i].branched, i))
-    plan = []
-    for m in range(passes):
-        # Neighbours in cost run at the same time; the order turns so that no rank always gets the larger one.
-        beside = bins[m * num_workers : (m + 1) * num_workers][:: -1 if m % 2 else 1]
-        plan.append([_micro_batch(chosen, filler) for chosen in beside])
-    return plan
+    return [[_micro_batch(units, filler) for units in beside] for beside in best]
 
 
 def pack_rows(sizes: Sequence[int], capacity: int) -> list[Row]:
@@ -138,36 +133,80 @@ def pack_rows(sizes: Sequence[int], capacity: int) -> list[Row]:
     return rows
 
 
-_Unit = tuple[int, int, Row]  # width in tokens, height in rows, items
+class _Unit(NamedTuple):
+    """What is not divided: a row, or the rows of an item."""
+
+    width: int
+    height: int
+    items: Row
 
 
-def _deal(units: Sequence[_Unit], num_bins: int, tokens_per_device: int) -> list[list[_Unit]] | None:
-    """Longest first, each to the cheapest bin with room; None if one finds none. A bin is as wide as its first unit."""
-    bins: list[list[_Unit]] = [[] for _ in range(num_bins)]
-    costs, heights = [0.0] * num_bins, [0] * num_bins
+def _arrange(units: list[_Unit], num_workers: int, tokens_per_device: int) -> list[list[list[_Unit]]]:
+    """Units into bins, `plan[m][rank]`: as few passes as the budget allows."""
+    units = sorted(units, key=lambda unit: (-unit.width, unit.items))
     for unit in units:
-        width, height, _ = unit
-        room = [
-            i
-            for i in range(num_bins)
-            if (bins[i][0][0] if bins[i] else width) * (heights[i] + height) <= tokens_per_device
-        ]
-        if not room:
-            return None
-        best = min(room, key=lambda i: (costs[i], i))
-        bins[best].append(unit)
-        heights[best] += height
-        costs[best] += _cost([unit])
-    return bins
+        if unit.width * unit.height > tokens_per_device:
+            found = f"item {unit.items[0]} has {unit.width * unit.height} tokens"
+            raise ValueError(f"{found}, more than tokens_per_device {tokens_per_device}")
+    places = sum(unit.width * unit.height for unit in units)
+    passes = max(1, math.ceil(places / (tokens_per_device * num_workers)))
+    while (bins := _partition(units, passes * num_workers, tokens_per_device)) is None:
+        passes += 1
+    bins.sort(key=_cost, reverse=True)
+    # Neighbours in cost run at the same time; the order turns so that no rank always gets the larger one.
+    return [bins[m * num_workers : (m + 1) * num_workers][:: -1 if m % 2 else 1] for m in range(passes)]
+
+
+def _partition(units: Sequence[_Unit], num_bins: int, tokens_per_device: int) -> list[list[_Unit]] | None:
+    """Units, widest first, cut into bins of neighbours whose largest cost is least; None if they are too few.
+
+    A bin is as wide as its first unit. Whether a limit on the cost can be kept is seen by filling one bin after
+    another; the least such limit is found by bisection.
+    """
+
+    def filled(limit: float) -> list[list[_Unit]]:
+        bins: list[list[_Unit]] = []
+        height = 0
+        for unit in units:
+            height += unit.height
+            width = bins[-1][0].width if bins else 0
+            if not bins or width * height > tokens_per_device or _row_cost(width) * height > limit:
+                bins.append([])
+                height = unit.height
+            bins[-1].append(unit)
+        return bins
+
+    high = sum(_row_cost(unit.width) * unit.height for unit in units) + 1.0
+    low = high / (num_bins + 1)
+    if len(filled(math.inf)) > num_bins:
+        return None
+    high = max(high, max(_cost(bin_) for bin_ in filled(math.inf)))
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if len(filled(middle)) <= num_bins:
+            high = middle
+        else:
+            low = middle
+    bins = filled(high)
+    return bins + [[] for _ in range(num_bins - len(bins))]
+
+
+BISECTIONS = 20
+"""Halvings of the cost limit: to a millionth."""
 
 
 def _cost(units: Sequence[_Unit]) -> float:
-    """Work of a bin: linear in tokens, and attention's square, which doubles the work of a row at some 8,000 tokens."""
-    return sum(height * (width + width * width / 8192) for width, height, _ in units)
+    """Work of a bin, padding included."""
+    return _row_cost(units[0].width) * sum(unit.height for unit in units) if units else 0.0
+
+
+def _row_cost(width: int) -> float:
+    """Work of a row: linear in tokens, and attention's square, which doubles it at some 8,000 tokens."""
+    return width + width * width / 8192
 
 
 def _micro_batch(units: Sequence[_Unit], filler: int) -> MicroBatch:
-    rows = [row for _, _, row in units] or [[filler]]
+    rows = [unit.items for unit in units] or [[filler]]
     return MicroBatch([i for row in rows for i in row], rows, counts=bool(units))
 
 
