@@ -193,13 +193,13 @@ class DivergenceConfig(PairLossConfig):
     f_divergence: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """What measures the distance to the reference (arXiv:2309.16240); `reverse_kl` is DPO's."""
 
-    f_alpha: float = Field(default=0.5, gt=0)
-    """Order of the alpha divergence; near 1 it is the reverse KL. Read with `alpha_divergence` only."""
+    f_alpha: float | None = Field(default=None, gt=0)
+    """Order of the alpha divergence, such as 0.5; near 1 it is the reverse KL. Given with `alpha_divergence` only."""
 
     @model_validator(mode="after")
     def _alpha_is_of_the_alpha_divergence(self) -> "DivergenceConfig":
-        if "f_alpha" in self.model_fields_set and self.f_divergence != "alpha_divergence":
-            raise ValueError("f_alpha is read with f_divergence: alpha_divergence only")
+        if (self.f_alpha is not None) != (self.f_divergence == "alpha_divergence"):
+            raise ValueError("f_alpha goes with f_divergence: alpha_divergence, and only with it")
         return self
 
 

@@ -40,7 +40,7 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
     f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
+    f_alpha: float | None = None,
 ) -> PreferenceLoss:
     """Direct Preference Optimization, with optional label smoothing.
 
@@ -73,7 +73,7 @@ def robust_loss(
     beta: float,
     label_smoothing: float,
     f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
+    f_alpha: float | None = None,
 ) -> PreferenceLoss:
     """Robust DPO, unbiased when a share eps of the labels is flipped: eq. 12 of Chowdhury et al. (arXiv:2403.00409).
 
@@ -91,7 +91,7 @@ def ipo_loss(
     beta: float,
     reduction: str = "mean",
     f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
+    f_alpha: float | None = None,
 ) -> PreferenceLoss:
     """Identity preference optimization: (h - 1 / (2 beta))^2, eq. 17 of Azar et al. 2023 (arXiv:2310.12036).
 
@@ -110,7 +110,7 @@ def hinge_loss(
     *,
     beta: float,
     f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
+    f_alpha: float | None = None,
 ) -> PreferenceLoss:
     """max(0, 1 - beta h): the hinge of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425) on DPO's reward, as in RSO."""
     gap = _score_gap(policy, reference, f_divergence, f_alpha)
@@ -123,7 +123,7 @@ def sigmoid_norm_loss(
     *,
     beta: float,
     f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
+    f_alpha: float | None = None,
 ) -> PreferenceLoss:
     """Length-normalised DPO: log-ratios per token. Eq. 6 of Lambert et al. 2024 (Tulu 3, arXiv:2411.15124).
 
@@ -141,7 +141,7 @@ def exo_pair_loss(
     beta: float,
     label_smoothing: float,
     f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
+    f_alpha: float | None = None,
 ) -> PreferenceLoss:
     """KL of the policy's preference from the smoothed label: eq. 16 of Ji et al. 2024 (EXO, arXiv:2402.00856).
 
@@ -162,7 +162,7 @@ def discopop_loss(
     beta: float,
     tau: float = 0.05,
     f_divergence: str = "reverse_kl",
-    f_alpha: float = 1.0,
+    f_alpha: float | None = None,
 ) -> PreferenceLoss:
     """Log-ratio modulated loss: a blend of the logistic and the exponential one. Eq. 5 of Lu et al. 2024
     (DiscoPOP, arXiv:2406.08414).
@@ -181,7 +181,7 @@ def dpop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: 
 
         loss = -log sigmoid(beta (h - penalty max(0, log pi_ref(chosen) - log pi(chosen))))
     """
-    gap = _score_gap(policy, reference, "reverse_kl", 1.0)
+    gap = _score_gap(policy, reference, "reverse_kl", None)
     sunk = F.relu(reference.chosen - policy.chosen)
     return _with_rewards(-F.logsigmoid(beta * (gap - penalty * sunk)), policy, reference, beta)
 
@@ -302,7 +302,7 @@ def loss_function(kind: str, *, sft_weight: float = 0.0, **options: Any) -> Loss
     return with_sft
 
 
-def _scores(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha: float) -> tuple[Tensor, Tensor]:
+def _scores(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha: float | None) -> tuple[Tensor, Tensor]:
     """f'(pi / pi_ref) of both responses: the reward under an f-divergence instead of the KL, up to beta and a constant.
     Table 1 of Wang et al. 2023 (arXiv:2309.16240); `reverse_kl` is DPO's own, the log-ratio."""
 
@@ -311,7 +311,7 @@ def _scores(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha:
             return 1 - torch.exp((-log_ratio).clamp(max=MAX_EXPONENT))
         if f_divergence == "js_divergence":
             return math.log(2) + F.logsigmoid(log_ratio)
-        if f_divergence == "alpha_divergence" and f_alpha != 1.0:
+        if f_alpha is not None and f_alpha != 1.0:
             return (torch.exp(((f_alpha - 1) * log_ratio).clamp(max=MAX_EXPONENT)) - 1) / (f_alpha - 1)
         return log_ratio
 
@@ -322,7 +322,7 @@ MAX_EXPONENT = 80.0
 """exp of it is still a float32."""
 
 
-def _score_gap(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha: float) -> Tensor:
+def _score_gap(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha: float | None) -> Tensor:
     """h: the chosen response's score less the rejected one's."""
     chosen, rejected = _scores(policy, reference, f_divergence, f_alpha)
     return chosen - rejected

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from dpo_ray.config import DpoConfig, RunConfig, load_run, parse_override, parse_run, recipe_keys, recipe_schema
 from dpo_ray.errors import InputError
+from dpo_ray.losses import LOSSES
 from dpo_ray.recipe_reference import recipe_reference
 
 ROOT = Path(__file__).parent.parent.parent
@@ -206,3 +208,18 @@ def test_the_json_schema_is_closed():
 
 def test_a_shipped_recipe_is_found_by_its_name():
     assert load_run(Path("hh-rlhf"), {"loss.beta": 0.3}).data.sources[0].path == "Anthropic/hh-rlhf"
+
+
+@pytest.mark.parametrize(
+    "loss", [{"kind": kind} for kind in LOSSES] + [{"f_divergence": "alpha_divergence", "f_alpha": 2}]
+)
+def test_a_resolved_recipe_loads_again(loss: dict[str, Any]):
+    """As `resume`, `evaluate` and `export` do."""
+    run = parse_run({"name": "a", "model": {"path": "m"}, "data": {"sources": [{"path": "p.jsonl"}]}, "loss": loss})
+    assert parse_run(yaml.safe_load(yaml.safe_dump(run.model_dump(mode="json")))) == run
+
+
+def test_the_order_of_a_divergence_that_has_none_is_an_error():
+    tree = {"name": "a", "model": {"path": "m"}, "data": {"sources": [{"path": "p.jsonl"}]}, "loss": {"f_alpha": 0.5}}
+    with pytest.raises(InputError, match=r"`loss`: f_alpha goes with f_divergence: alpha_divergence"):
+        parse_run(tree)
