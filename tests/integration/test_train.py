@@ -11,6 +11,7 @@ import torch
 from dpo_ray.config import RunConfig, parse_run
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.launch import Interrupt, RunResult, Silent, fit
+from dpo_ray.prepare import describe_plan, prepare, reference_source, resolve
 
 pytestmark = pytest.mark.ray
 
@@ -18,7 +19,7 @@ STEPS = 20
 
 
 def recipe(shared: Path, storage: Path, name: str, **overrides: Any) -> RunConfig:
-    """20 steps of 8 HH-RLHF pairs on the 260k-parameter model; overrides by dotted key, with `__` for the dot."""
+    """20 steps of 16 HH-RLHF pairs on the 260k-parameter model; overrides by dotted key, with `__` for the dot."""
     tree = {
         "name": name,
         "storage": {"path": str(storage)},
@@ -26,10 +27,10 @@ def recipe(shared: Path, storage: Path, name: str, **overrides: Any) -> RunConfi
         "data": {
             "sources": [{"path": str(shared / "data/hh_rlhf/harmless-base.test.jsonl.gz")}],
             "max_tokens": 200,
-            "num_pairs": 40,
+            "num_pairs": 80,
             "eval": {"num_pairs": 37},  # no multiple of any batch size: the last one is ragged
         },
-        "batch": {"pairs_per_step": 8, "tokens_per_device": 4096},
+        "batch": {"pairs_per_step": 16, "tokens_per_device": 4096},
         "optim": {"learning_rate": 3e-4},
         "train": {"log_every_steps": 1, "epochs": 4},
         "engine": {"precision": "fp32", "zero_stage": 2},
@@ -77,7 +78,7 @@ def test_the_summary_tells_what_was_done(first: RunResult):
     summary = json.loads((Path(first.folder) / "summary.json").read_text())
     assert summary == first.summary
     assert summary["status"] == "completed"
-    assert (summary["steps"], summary["pairs_seen"], summary["world_size"]) == (STEPS, 160, 2)
+    assert (summary["steps"], summary["pairs_seen"], summary["world_size"]) == (STEPS, 320, 2)
     assert (
         summary["eval"]["num_pairs"]
         == json.loads((Path(first.folder) / "data_report.json").read_text())["held_out"]["pairs"]
@@ -88,21 +89,23 @@ def test_the_summary_tells_what_was_done(first: RunResult):
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"),
+    ("name", "passes", "overrides"),
     [
-        ("zero-0", {"engine__zero_stage": 0}),
-        ("zero-1", {"engine__zero_stage": 1}),
-        ("zero-3", {"engine__zero_stage": 3}),
-        ("one-worker", {"cluster__num_workers": 1}),
-        # The longest pair has up to 400 tokens: rows of their own, and so 8 micro-batches of one pair, or 2 of several.
-        ("eight-passes", {"cluster__num_workers": 1, "batch__tokens_per_device": 400, "batch__row_tokens": 2}),
-        ("padded", {"batch__layout": "padded", "batch__tokens_per_device": 1600}),
+        ("zero-0", 1, {"engine__zero_stage": 0}),
+        ("zero-1", 1, {"engine__zero_stage": 1}),
+        ("zero-3", 1, {"engine__zero_stage": 3}),
+        ("one-worker", 1, {"cluster__num_workers": 1}),
+        ("two-passes", 2, {"cluster__num_workers": 1, "batch__tokens_per_device": 3000}),
+        ("eight-passes", 8, {"cluster__num_workers": 1, "batch__tokens_per_device": 520, "batch__row_tokens": 300}),
+        ("padded", 1, {"batch__layout": "padded"}),
     ],
 )
 def test_losses_and_evaluation_do_not_depend_on_stage_workers_or_micro_batches(
-    first: RunResult, shared: Path, storage: Path, name: str, overrides: dict[str, Any]
+    first: RunResult, shared: Path, storage: Path, name: str, passes: int, overrides: dict[str, Any]
 ):
-    other = fit(recipe(shared, storage, name, **overrides))
+    run = recipe(shared, storage, name, **overrides)
+    assert describe_plan(run, prepare(resolve(run)))["forward_passes_per_step"] == passes
+    other = fit(run)
     assert losses(other.folder) == pytest.approx(losses(first.folder), abs=1e-4)
     expected, found = last_evaluation(first.folder), last_evaluation(other.folder)
     assert found["eval/rewards/accuracies"] == expected["eval/rewards/accuracies"]
@@ -174,7 +177,6 @@ def test_the_model_reloads_with_plain_transformers(first: RunResult, shared: Pat
 def test_the_exported_model_has_the_evaluated_log_probs(first: RunResult, shared: Path, storage: Path):
     from dpo_ray.evaluate.held_out import evaluate_model
     from dpo_ray.models import ModelSource
-    from dpo_ray.prepare import prepare, reference_source, resolve
 
     run = resolve(recipe(shared, storage, "first"))
     found = evaluate_model(
@@ -192,7 +194,6 @@ def test_the_exported_model_has_the_evaluated_log_probs(first: RunResult, shared
 def test_lora_trains_and_its_adapter_reloads(cluster: None, shared: Path, storage: Path, stage: int):
     from dpo_ray.evaluate.held_out import evaluate_model
     from dpo_ray.models import ModelSource
-    from dpo_ray.prepare import prepare, reference_source, resolve
 
     run = resolve(
         recipe(
@@ -253,7 +254,6 @@ def test_early_stopping_keeps_the_best_checkpoint(first: RunResult, shared: Path
 
 def test_a_reference_that_is_not_the_models_is_refused_before_step_1(first: RunResult, shared: Path, storage: Path):
     """Half a nat too much in every stored value of a rejected response: the first loss is not ln 2."""
-    from dpo_ray.prepare import prepare, resolve
     from dpo_ray.reference import ReferenceStore, response_key
 
     run = resolve(recipe(shared, storage, "wrong-reference"))
