@@ -37,7 +37,8 @@ METRICS_FILE = "metrics.jsonl"
 STOP_FILE = ".stop"
 """The driver writes it to ask for a checkpoint and an end."""
 
-STOP_POLL_S = 1.0
+REMOTE_POLL_S = 2.0
+"""How often an object store is asked for it; a local disk is at every step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Worker:
         layout = usable_layout(engine, engine.model.config, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
         self._loss: LossFunction = loss_function(**run.loss.model_dump())
-        self._stop_file, self._polled = Folder(run.folder), 0.0
+        self._folder, self._polled = Folder(run.folder), 0.0
 
     def step(self, pair_set: PairSet, numbers: Sequence[int], step: int) -> dict[str, float]:
         """One optimizer step on the pairs `numbers`: the exact mean gradient over them. Returns reduced sums.
@@ -174,7 +175,7 @@ class Worker:
             return
         if self.rank == 0:
             ids = [pair_set.pairs[number].pair_id for number in numbers]
-            Folder(self._run.folder).write_json("bad_step.json", {"step": step, "pair_ids": ids})
+            self._folder.write_json("bad_step.json", {"step": step, "pair_ids": ids})
         raise RunFailed(f"the {name} of step {step} is not finite; its pairs are in {self._run.folder}/bad_step.json")
 
     def evaluate(self, pair_set: PairSet) -> dict[str, float]:
@@ -240,10 +241,10 @@ class Worker:
             )
 
     def _stop_requested(self) -> torch.Tensor:
-        """1 where the driver asked for an end; rank 0 looks, at most once a second, and the sum tells all."""
+        """1 where the driver asked for an end; rank 0 looks, and the sum tells all."""
         now, asked = time.monotonic(), False
-        if self.rank == 0 and now - self._polled > STOP_POLL_S:
-            self._polled, asked = now, self._stop_file.exists(STOP_FILE)
+        if self.rank == 0 and (self._folder.is_local or now - self._polled > REMOTE_POLL_S):
+            self._polled, asked = now, self._folder.exists(STOP_FILE)
         return torch.tensor(float(asked), dtype=torch.float64, device=self.engine.device)
 
     def peak_memory_gib(self) -> float:
