@@ -133,8 +133,10 @@ def evaluate(
         run = parse_run(tree, laid_over)
         if reference is None and run.loss.kind not in REFERENCE_FREE:
             raise InputError("--data needs --reference: the model that rewards are measured against")
-    elif recipe is not None or is_run:
-        run = load_run(recipe or Path(model) / RECIPE_FILE, laid_over)
+    elif recipe is not None:
+        run = load_run(recipe, laid_over)
+    elif is_run:
+        run = recipe_of(model, laid_over)
     else:
         raise InputError(f"{model} is not a run folder: give --recipe, or --data and --reference")
     source = ModelSource(f"{model}/model" if is_run else model, None, run.model.trust_remote_code)
@@ -175,8 +177,7 @@ def export(
     target = Folder(output) if output else folder / "model"
     if output and target.names():
         raise InputError(f"{output} is not empty")
-    run = load_run(Path(run_dir) / RECIPE_FILE) if folder.is_local else parse_run(_yaml(folder.read(RECIPE_FILE)))
-    chosen = write_model(folder, run, target, summary, step)
+    chosen = write_model(folder, recipe_of(run_dir), target, summary, step)
     console.print(f"checkpoint of step {chosen} -> {target.path}", highlight=False)
 
 
@@ -415,8 +416,11 @@ def show_checks(found: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _yaml(content: bytes) -> dict[str, Any]:
+def recipe_of(run_dir: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The recipe that a run folder, local or remote, was written with."""
     import yaml
 
-    tree: dict[str, Any] = yaml.safe_load(content)
-    return tree
+    from dpo_ray.launch import RECIPE_FILE
+    from dpo_ray.storage import Folder
+
+    return parse_run(yaml.safe_load(Folder(run_dir).read(RECIPE_FILE)), overrides)

@@ -188,14 +188,14 @@ def dpop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, penalty: 
 
 def nca_pair_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
     """Noise contrastive alignment of a pair, in absolute rewards. Chen et al. 2024 (arXiv:2402.05369), section 4."""
-    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    chosen, rejected = _rewards(policy, reference, beta)
     loss = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
     return _with_rewards(loss, policy, reference, beta)
 
 
 def bco_pair_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
     """Binary classification of both responses, without the moving threshold: Jung et al. 2024 (arXiv:2404.04656)."""
-    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    chosen, rejected = _rewards(policy, reference, beta)
     return _with_rewards(-F.logsigmoid(chosen) - F.logsigmoid(-rejected), policy, reference, beta)
 
 
@@ -208,13 +208,13 @@ def sppo_hard_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> P
 def apo_zero_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
     """Anchored preference optimization for chosen responses better than the model's own: eq. 7 of D'Oosterlinck et al.
     2024 (arXiv:2408.06266)."""
-    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    chosen, rejected = _rewards(policy, reference, beta)
     return _with_rewards(torch.sigmoid(-chosen) + torch.sigmoid(rejected), policy, reference, beta)
 
 
 def apo_down_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PreferenceLoss:
     """The same for chosen responses worse than the model's own: eq. 8 of arXiv:2408.06266."""
-    chosen, rejected = beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
+    chosen, rejected = _rewards(policy, reference, beta)
     return _with_rewards(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), policy, reference, beta)
 
 
@@ -329,9 +329,14 @@ def _score_gap(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alp
 
 
 def _with_rewards(loss: Tensor, policy: PairLogps, reference: PairLogps, beta: float) -> PreferenceLoss:
-    """The loss with DPO's rewards, beta * (log pi - log pi_ref)."""
-    chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
-    return PreferenceLoss(loss, beta * chosen.detach(), beta * rejected.detach())
+    """The loss with DPO's rewards."""
+    chosen, rejected = _rewards(policy, reference, beta)
+    return PreferenceLoss(loss, chosen.detach(), rejected.detach())
+
+
+def _rewards(policy: PairLogps, reference: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    """DPO's implicit rewards, beta * (log pi - log pi_ref), of the chosen and the rejected response."""
+    return beta * (policy.chosen - reference.chosen), beta * (policy.rejected - reference.rejected)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
