@@ -14,8 +14,11 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
-    "material": ["storage", "data", "models", "checkpoint", "tracking", "report", "recipe_reference", "prepare"],
-    "machinery": ["engine", "reference", "generate"],
+    "material": [
+        *("storage", "data", "models", "manifest", "shards", "checkpoint"),
+        *("tracking", "report", "recipe_reference", "prepare"),
+    ],
+    "machinery": ["engine", "engine_state", "reference", "generate"],
     "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
     "launch": ["launch", "sweep", "submit"],
     "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
@@ -23,7 +26,7 @@ LAYERS = {
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
 WITHOUT_RAY = {"words", "mathematics", "material"}
 
-HOMES = {"deepspeed": {"engine", "checkpoint"}, "mlflow": {"tracking"}}
+HOMES = {"deepspeed": {"engine"}, "mlflow": {"tracking"}}
 
 
 def module_name(path: Path) -> str:
