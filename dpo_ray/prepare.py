@@ -234,6 +234,9 @@ RESUMABLE_KEYS = (
     "train.log_every_steps",
     "batch.tokens_per_device",
     "batch.row_tokens",
+    "engine.zero_stage",
+    "engine.offload_optimizer",
+    "engine.activation_checkpointing",
     "reference.store",
 )
 
