@@ -43,7 +43,7 @@ def write(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
 
     for piece in pieces:
         for kind, tensor in piece.tensors.items():
-            file[f"{kind}|{piece.start}|{piece.parameter}"] = tensor.to("cpu", copy=True)
+            file[f"{kind}|{piece.start}|{piece.parameter}"] = tensor.cpu()
         if sum(tensor.nbytes for tensor in file.values()) >= FILE_BYTES:
             flush()
     flush()
