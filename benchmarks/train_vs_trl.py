@@ -143,7 +143,7 @@ def run_floor(run: Any) -> None:
             share = min(round(ids.numel() * targets / places), ids.numel(), left_targets)
             with torch.set_grad_enabled(backward):
                 hidden = model.body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:share]
-                logps, _ = token_logps(hidden, model.head.weight, ids.flatten()[:share])
+                logps, *_ = token_logps(hidden, model.head.weight, ids.flatten()[:share])
             if backward:
                 logps.sum().backward()
             left, left_targets = left - ids.numel(), left_targets - share

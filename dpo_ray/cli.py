@@ -115,7 +115,6 @@ def evaluate(
     """Held-out metrics of a model against its reference."""
     from dpo_ray.evaluate.held_out import evaluate_model
     from dpo_ray.launch import RECIPE_FILE, check_cluster
-    from dpo_ray.losses import REFERENCE_FREE
     from dpo_ray.models import ModelSource
     from dpo_ray.prepare import prepare, reference_source, resolve
     from dpo_ray.storage import Folder
@@ -131,7 +130,7 @@ def evaluate(
             "data": {"sources": [{"path": data}], "eval": {"num_pairs": 0}},
         }
         run = parse_run(tree, laid_over)
-        if reference is None and run.loss.kind not in REFERENCE_FREE:
+        if reference is None and reference_source(run) is not None:
             raise InputError("--data needs --reference: the model that rewards are measured against")
     elif recipe is not None:
         run = load_run(recipe, laid_over)

@@ -4,7 +4,7 @@ Runs before any process group exists and without Ray, so `--dry-run` and every c
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_ray.config import BatchConfig, RunConfig
@@ -12,10 +12,10 @@ from dpo_ray.data.batching import StepOrder, lengths_of, plan_step
 from dpo_ray.data.encode import PairEncoder, TokenFiles, TokenTable, encode_to_files
 from dpo_ray.data.mixture import load_pool
 from dpo_ray.errors import InputError
-from dpo_ray.losses import REFERENCE_FREE
+from dpo_ray.losses import loss_function
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import ModelSource, end_token_ids, load_tokenizer, policy_source, read_config
-from dpo_ray.pairs import TokenizedPair
+from dpo_ray.pairs import PreferencePair, TokenizedPair
 from dpo_ray.stopping import check_metric
 from dpo_ray.storage import Folder, absolute
 
@@ -53,7 +53,7 @@ def resolve(run: RunConfig) -> RunConfig:
 
 def reference_source(run: RunConfig) -> ModelSource | None:
     """The frozen model of the loss: the named one, or the policy before training; None where the loss has none."""
-    if run.loss.kind in REFERENCE_FREE:
+    if "reference" not in loss_function(**run.loss.model_dump()).needs:
         return None
     if run.reference.path is None:
         return policy_source(run.model)
@@ -67,7 +67,7 @@ def check_recipe(run: RunConfig) -> None:
         InputError: Names the key.
     """
     if run.early_stopping is not None:
-        missing = {"kl"} if run.loss.kind in REFERENCE_FREE else set()
+        missing = {"kl"} if reference_source(run) is None else set()
         if run.loss.kind == "sft":
             missing |= {name for name in METRICS if name.startswith("rewards/")}
         check_metric(run.early_stopping.metric, [name for name in METRICS if name not in missing])
@@ -87,6 +87,7 @@ def prepare(run: RunConfig) -> Prepared:
     policy = policy_source(run.model)
     encoder = PairEncoder(load_tokenizer(policy), run.data, end_token_ids(policy))
     pool = load_pool(run.data, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
+    check_columns(run, [*pool.train, *pool.held_out])
     cache = Folder(run.storage.path) / ".tokens"
     train, encoded = encode_to_files(pool.train, encoder, cache, run.data.num_pairs)
     held_out, encoded_held_out = encode_to_files(pool.held_out, encoder, cache)
@@ -106,6 +107,20 @@ def prepare(run: RunConfig) -> Prepared:
         "fingerprint": data_fingerprint(train, held_out),
     }
     return Prepared(train, held_out, report, train_pairs, held_out_pairs)
+
+
+def check_columns(run: RunConfig, pairs: Sequence[PreferencePair]) -> None:
+    """Weights and margins that the loss reads must be there.
+
+    Raises:
+        InputError: Names the first pair without.
+    """
+    needs = loss_function(**run.loss.model_dump()).needs
+    for column, key in (("weight", "data_weights"), ("margin", "margin_weight")):
+        missing = next((pair for pair in pairs if getattr(pair, column) is None), None)
+        if column in needs and missing is not None:
+            wanted = "`weight`" if column == "weight" else "`margin`, and no scores"
+            raise InputError(f"`loss.{key}`: {missing.place} has no {wanted} that is a number of at least 0")
 
 
 def data_fingerprint(train: TokenFiles, held_out: TokenFiles) -> str:
