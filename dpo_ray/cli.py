@@ -68,6 +68,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")
     ] = False,
+    device_gib: Annotated[
+        float | None, typer.Option(help="Memory that the dry run is to fit, of one device; default: as here.")
+    ] = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -80,7 +83,7 @@ def train(
             run = resolve(run)
             check_recipe(run)
             prepared = prepare(run)
-            plan = describe_plan(run, prepared)
+            plan = describe_plan(run, prepared, device_gib)
             emit({"recipe": run.model_dump(mode="json"), "plan": plan}, show_plan)
             return
         emit(train_here(run, resume=resume, address=address), show_summary)
