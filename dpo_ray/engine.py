@@ -132,6 +132,17 @@ class ZeroEngine:
             norm = float(self._engine.get_global_grad_norm())
         return {"grad_norm": norm, "learning_rate": rate}
 
+    def measure_communication(self, on: bool) -> None:
+        """Begin or end the count of `communication_seconds`. While it runs every collective waits for its end."""
+        logger = _comms_logger()
+        logger.enabled = logger.prof_all = on
+        logger.comms_dict.clear()
+
+    def communication_seconds(self) -> float:
+        """In ZeRO's collectives, since `measure_communication` was switched on."""
+        sizes = (size for op in _comms_logger().comms_dict.values() for size in op.values())
+        return float(sum(sum(latencies) for _, latencies, *_ in sizes) / 1000)
+
     @property
     def overflowed_steps(self) -> int:
         """Steps that the fp16 loss scaler skipped."""
@@ -185,6 +196,12 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     rest = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _comms_logger() -> Any:
+    import deepspeed.comm.comm
+
+    return deepspeed.comm.comm.comms_logger
 
 
 def _use_cpu_where_there_is_no_gpu() -> None:

@@ -376,6 +376,7 @@ def _summary(
         "pairs_per_second": round(result["pairs_seen"] / seconds, 3) if seconds else None,
         "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None,
         "padding_fraction": round(1 - state["filled"] / state["slots"], 4) if state["slots"] else None,
+        "time_split": result["time_split"],
         "mfu": None,
         "peak_memory_gib": round(result["peak_memory_gib"], 3),
         "overflowed_steps": result["overflowed_steps"],

@@ -10,7 +10,8 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,12 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     while state.step < order.num_steps and state.stop_reason is None:
         began = time.perf_counter()
         step = state.step + 1
-        sums = worker.step(train, order.pairs_of(step), step)
-        state.add_step(sums, time.perf_counter() - began)
         is_last = step == order.num_steps
+        is_logged = step == 1 or step % run.train.log_every_steps == 0 or is_last
+        sums = worker.step(train, order.pairs_of(step), step, is_timed=is_logged and step > 1)
+        state.add_step(sums, time.perf_counter() - began)
 
-        if step == 1 or step % run.train.log_every_steps == 0 or is_last:
+        if is_logged:
             line = means(state.since_log) | worker.last_step
             state.train_lines.append(Evaluation(step, line))
             state.since_log = {}
@@ -125,6 +127,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         "resumed_from_step": resumed_from,
         "peak_memory_gib": worker.peak_memory_gib(),
         "overflowed_steps": worker.engine.overflowed_steps,
+        "time_split": worker.times.shares(),
         "pairs_seen": order.pairs_before(state.step),
         "num_steps": order.num_steps,
     }
@@ -159,25 +162,33 @@ class Worker:
     def __init__(self, engine: ZeroEngine, run: RunConfig, rank: int, world_size: int) -> None:
         self.engine, self.rank, self.world_size = engine, rank, world_size
         self.last_step: dict[str, float] = {}
+        self.times = StepTimes(engine)
         self._run = run
         layout = usable_layout(engine, engine.model.config, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
         self.loss = loss_function(**run.loss.model_dump())
         self._folder, self._polled = Folder(run.folder), 0.0
 
-    def step(self, pair_set: PairSet, numbers: Sequence[int], step: int) -> dict[str, float]:
+    def step(self, pair_set: PairSet, numbers: Sequence[int], step: int, *, is_timed: bool = False) -> dict[str, float]:
         """One optimizer step on the pairs `numbers`: the exact mean gradient over them. Returns reduced sums.
+
+        Args:
+            is_timed: Take this step's times apart into `times`; all ranks must agree.
 
         Raises:
             RunFailed: Loss or gradient is not finite; nothing of this step is saved, its pairs are written to
                 `bad_step.json`. An overflow that the fp16 loss scaler handles is no such case.
         """
         self.engine.train(True)
+        self.times.begin(is_timed)
         sums = self._pass(pair_set, numbers, divide_by=len(numbers))
         sums.add({"stop_requested": self._stop_requested()})
-        reduced = sums.reduced()
+        with self.times.of("communication"):
+            reduced = sums.reduced()
         self._require_finite("loss", reduced["loss"], pair_set, numbers, step)
-        self.last_step = self.engine.step(step)
+        with self.times.of("optimizer"):
+            self.last_step = self.engine.step(step)
+        self.times.begin(False)
         if self._run.engine.precision != "fp16":
             self._require_finite("gradient", self.last_step["grad_norm"], pair_set, numbers, step)
         return reduced
@@ -201,7 +212,8 @@ class Worker:
     ) -> MetricSums:
         """Forward (and backward, where the loss is divided) over this rank's micro-batches."""
         loss_of = loss_of or self.loss
-        pairs, plan = pair_set.plan(numbers, self.world_size)
+        with self.times.of("data"):
+            pairs, plan = pair_set.plan(numbers, self.world_size)
         device, sums = self.engine.device, MetricSums()
         matched = None
         if "matched_gap" in loss_of.needs:
@@ -221,7 +233,8 @@ class Worker:
             loss = loss_of(policy, reference, terms)
             weights = torch.full_like(policy.chosen.detach(), float(mine.counts))
             if divide_by is not None:
-                self.engine.backward((loss.loss * weights).sum() / divide_by, is_last=m == len(plan) - 1)
+                with self.times.of("backward"):
+                    self.engine.backward((loss.loss * weights).sum() / divide_by, is_last=m == len(plan) - 1)
             counted = float(mine.counts)
             sums.add(pair_sums(policy, reference, loss, weights))
             sums.add(
@@ -238,8 +251,10 @@ class Worker:
         self, pairs: Sequence[TokenizedPair], mine: MicroBatch, *, tails: bool
     ) -> tuple[PairBatch, ResponseLogps, PairLogps]:
         """A micro-batch, what the policy says of its responses, and the same by pair."""
-        batch = make_batch([pair.branches for pair in pairs], mine.rows, self.batch.layout)
-        responses = self.engine(batch)
+        with self.times.of("data"):
+            batch = make_batch([pair.branches for pair in pairs], mine.rows, self.batch.layout)
+        with self.times.of("forward"):
+            responses = self.engine(batch)
         columns = [responses.logps, responses.num_tokens]
         if tails:
             index = batch.response_index.to(self.engine.device)
@@ -299,6 +314,45 @@ class Worker:
         value = torch.tensor(peak / 2**30, dtype=torch.float64, device=self.engine.device)
         torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return float(value)
+
+
+class StepTimes:
+    """Where the time of a step goes, seen on some steps: a GPU then waits at every boundary, and collectives do not
+    overlap with computation, so the times of a parallel run add up to more than its steps take."""
+
+    def __init__(self, engine: ZeroEngine) -> None:
+        self._engine, self._is_on = engine, False
+        self._seconds: dict[str, float] = {}
+
+    def begin(self, is_timed: bool) -> None:
+        """From here on, until the next call, `of` counts or does not."""
+        if is_timed != self._is_on:
+            self._engine.measure_communication(is_timed)
+        self._is_on = is_timed
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Count what happens inside to `part`, but ZeRO's collectives in it to `communication`."""
+        if not self._is_on:
+            yield
+            return
+        began, before = self._now(), self._engine.communication_seconds()
+        yield
+        communication = self._engine.communication_seconds() - before
+        spent = {part: self._now() - began - communication}
+        spent["communication"] = spent.get("communication", 0.0) + communication
+        for name, seconds in spent.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def shares(self) -> dict[str, float]:
+        """Part -> share of the time of the steps that were seen; empty if none was."""
+        total = sum(self._seconds.values())
+        return {name: round(seconds / total, 4) for name, seconds in self._seconds.items()}
+
+    def _now(self) -> float:
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+        return time.perf_counter()
 
 
 class RunLog:

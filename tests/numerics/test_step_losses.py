@@ -3,7 +3,6 @@ forwards over the same pairs, whatever the micro-batches and the number of worke
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -103,18 +102,31 @@ def worker(rank: int, world_size: int, folder: Path, model: Path) -> None:
             pair_set: Any = SimpleNamespace(pairs=pairs(), reference=table, plan=plan)
             sums = trainer.step(pair_set, range(NUM_PAIRS), 2)
             found[f"{name}/{budget}"] = [sums["loss"] / NUM_PAIRS, trainer.last_step["grad_norm"]]
+    assert trainer.times.shares() == {}
+    trainer.step(pair_set, range(NUM_PAIRS), 3, is_timed=True)
+    shares = trainer.times.shares()
+    trainer.step(pair_set, range(NUM_PAIRS), 4)
+    assert trainer.times.shares() == shares, "only the step that was to be timed"
     if rank == 0:
+        (folder / f"times-{world_size}.json").write_text(json.dumps(shares))
         (folder / f"found-{world_size}.json").write_text(json.dumps(found))
     destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], list[float]]:
-    folder = Path(tempfile.mkdtemp(dir=tmp_path_factory.mktemp("step")))
+def folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one and two workers wrote."""
+    folder = tmp_path_factory.mktemp("step")
     reference_model(tiny_model).save_pretrained(folder / "reference")
-    results = {}
     for world_size in (1, 2):
         torch.multiprocessing.spawn(worker, (world_size, folder, tiny_model), nprocs=world_size)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[tuple[str, int, int], list[float]]:
+    results = {}
+    for world_size in (1, 2):
         for key, values in json.loads((folder / f"found-{world_size}.json").read_text()).items():
             name, _, budget = key.partition("/")
             results[name, int(budget), world_size] = values
@@ -141,6 +153,14 @@ def plain(model: Any) -> tuple[PairLogps, Tensor]:
     chosen_tokens, rejected_tokens = torch.tensor(lengths, dtype=torch.float64).unbind(1)
     logps = {name: torch.stack(values) for name, values in columns.items()}
     return PairLogps(**logps, chosen_tokens=chosen_tokens, rejected_tokens=rejected_tokens), torch.stack(alignments)
+
+
+def test_the_time_of_a_step_is_taken_apart(folder: Path):
+    for world_size in (1, 2):
+        shares = json.loads((folder / f"times-{world_size}.json").read_text())
+        assert shares.keys() == {"data", "forward", "backward", "optimizer", "communication"}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        assert all(share > 0 for share in shares.values())
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
