@@ -87,6 +87,8 @@ class ZeroEngine:
         if engine.activation_checkpointing:
             model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
             model.language_model.enable_input_require_grads()  # reentrant checkpoints need an input with gradient
+        if engine.zero_stage == 3 and (blocks := _expert_blocks(model)):
+            deepspeed.utils.set_z3_leaf_modules(model, blocks)
         self.model = model
         self._stage, self._precision, self._optim, self._num_steps = (
             engine.zero_stage,
@@ -202,6 +204,16 @@ def _comms_logger() -> Any:
     import deepspeed.comm.comm
 
     return deepspeed.comm.comm.comms_logger
+
+
+def _expert_blocks(model: nn.Module) -> list[type[nn.Module]]:
+    """Classes of the modules that hold experts, to be gathered whole under ZeRO-3.
+
+    Their parts do not run alike: ranks choose different experts, and an adapter's factors are read without a forward.
+    """
+    return list(
+        {type(module) for module in model.modules() for name, _ in module.named_children() if name == "experts"}
+    )
 
 
 def _use_cpu_where_there_is_no_gpu() -> None:
