@@ -135,15 +135,21 @@ class ZeroEngine:
         return {"grad_norm": norm, "learning_rate": rate}
 
     def measure_communication(self, on: bool) -> None:
-        """Begin or end the count of `communication_seconds`. While it runs every collective waits for its end."""
+        """Begin or end the counts below. While they run every collective waits for its end."""
         logger = _comms_logger()
         logger.enabled = logger.prof_all = on
-        logger.comms_dict.clear()
+        if on:
+            logger.comms_dict.clear()
 
     def communication_seconds(self) -> float:
-        """In ZeRO's collectives, since `measure_communication` was switched on."""
+        """In ZeRO's collectives, while they were measured last."""
         sizes = (size for op in _comms_logger().comms_dict.values() for size in op.values())
         return float(sum(sum(latencies) for _, latencies, *_ in sizes) / 1000)
+
+    def communication_bytes(self) -> dict[str, int]:
+        """Bytes given to each of ZeRO's collectives by its name, while they were measured last."""
+        ops = _comms_logger().comms_dict.items()
+        return {name: int(sum(size * count for size, (count, *_) in sizes.items())) for name, sizes in ops}
 
     @property
     def overflowed_steps(self) -> int:

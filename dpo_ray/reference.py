@@ -194,14 +194,9 @@ def fill(
         per_token: The log-probs of single tokens are needed too.
     """
     store = ReferenceStore(str(run.reference.store), weights_fingerprint(model), run.engine.precision)
-    wanted: dict[bytes, tuple[Ids, Ids]] = {}
-    for pair in pairs:
-        for response in (pair.chosen_ids, pair.rejected_ids):
-            wanted[response_key(pair.prompt_ids, response)] = (pair.prompt_ids, response)
-    there = store.read(wanted, per_token=per_token)
-    missing = [value for key, value in wanted.items() if key not in there]
+    missing, num_there = missing_responses(pairs, store, per_token=per_token)
     if not missing:
-        return Pass(store, 0, len(wanted))
+        return Pass(store, 0, num_there)
 
     blocks = _blocks(missing, run.cluster.num_workers)
     import ray.data
@@ -221,7 +216,19 @@ def fill(
     for row in scored.iter_rows():
         done += row["computed"]
         on_progress(done, len(missing))
-    return Pass(store, done, len(there))
+    return Pass(store, done, num_there)
+
+
+def missing_responses(
+    pairs: Iterable[TokenizedPair], store: ReferenceStore, *, per_token: bool = False
+) -> tuple[list[tuple[Ids, Ids]], int]:
+    """Prompt and response of each that the store has not, and how many it has; each response once."""
+    wanted: dict[bytes, tuple[Ids, Ids]] = {}
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            wanted[response_key(pair.prompt_ids, response)] = (pair.prompt_ids, response)
+    there = store.read(wanted, per_token=per_token)
+    return [value for key, value in wanted.items() if key not in there], len(there)
 
 
 def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Table]:
