@@ -16,7 +16,7 @@ LAYERS = {
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
     "material": [
         *("storage", "data", "models", "manifest", "shards", "checkpoint"),
-        *("tracking", "report", "recipe_reference", "prepare"),
+        *("tracking", "report", "recipe_reference", "memory", "prepare"),
     ],
     "machinery": ["engine", "engine_state", "reference", "generate"],
     "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
