@@ -346,8 +346,9 @@ class Live:
             console.print(f"{text} {done}/{total}", highlight=False)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        if "alarm" in line:
-            console.print(f"step {line['step']}: {line['alarm']}", style="yellow", highlight=False)
+        told = line.get("alarm") or line.get("event")
+        if told:
+            console.print(f"step {line['step']}: {told}", style="yellow", highlight=False, soft_wrap=True)
             return
         told = brief(line)
         if self._is_terminal and "eval/loss" not in line:

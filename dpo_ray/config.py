@@ -461,11 +461,33 @@ class ClusterConfig(Config):
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers: one per GPU, or per group of CPU cores."""
 
+    min_workers: int | None = Field(default=None, ge=1)
+    """Go on with as few as this many when nodes are lost, and with up to `num_workers` again when nodes come; null:
+    always `num_workers`, so a lost node is waited for."""
+
     gpus_per_worker: Literal["auto"] | float = "auto"
     """`auto`: 1 where the cluster has GPUs, else 0."""
 
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPU cores, and torch threads, of a worker."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    """Times that Ray may start the workers again after one died; the run then fails, and `--resume` continues it."""
+
+    max_preemptions: int = Field(default=100, ge=0)
+    """The same for nodes that were taken away with a notice."""
+
+    wait_minutes: float = Field(default=30.0, gt=0)
+    """Longest wait for nodes that can hold the workers, at the start and after each loss; then the run fails."""
+
+    resize_seconds: float = Field(default=60.0, ge=0)
+    """How often a run with `min_workers` looks whether it can grow or must shrink."""
+
+    @model_validator(mode="after")
+    def _the_fewest_are_not_the_most(self) -> "ClusterConfig":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is more than num_workers ({self.num_workers})")
+        return self
 
 
 class TrackingConfig(Config):

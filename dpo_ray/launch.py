@@ -5,17 +5,19 @@ workers report to Ray only at evaluations and checkpoints.
 """
 
 import logging
+import math
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
 import yaml
 
+from dpo_ray import attempts
 from dpo_ray.checkpoint import MODEL_FOLDER
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
@@ -127,7 +129,7 @@ def fit(
             failed = {"status": "failed", "stop_reason": str(error), "mlflow_run_id": follower.run_id}
             folder.write_json(SUMMARY_FILE, failed | {"versions": _versions()})
             raise
-        summary = _summary(run, prepared, result, reference, follower.run_id)
+        summary = _summary(run, prepared, result, reference, follower.run_id, attempts.history(folder))
         summary["wall_seconds"] = round(time.time() - started, 3)
         if summary["status"] != "interrupted":
             write_model(folder, run, folder / MODEL_FOLDER, summary)
@@ -169,11 +171,12 @@ def check_cluster(run: RunConfig) -> float:
     gpus_per_worker = (1.0 if gpus > 0 else 0.0) if per_worker == "auto" else float(per_worker)
     if run.engine.precision == "fp16" and gpus_per_worker == 0:
         raise InputError("`engine.precision`=fp16 needs GPUs; use fp32 or bf16 on a CPU")
-    workers = run.cluster.num_workers
+    workers = run.cluster.min_workers or run.cluster.num_workers
+    key = "num_workers" if run.cluster.min_workers is None else "min_workers"
     for unit, each, total in (("CPUs", run.cluster.cpus_per_worker, cpus), ("GPUs", gpus_per_worker, gpus)):
         if workers * each > total:
             raise InputError(
-                f"`cluster.num_workers`={workers} with {each:g} {unit} each needs {workers * each:g} {unit}; "
+                f"`cluster.{key}`={workers} with {each:g} {unit} each needs {workers * each:g} {unit}; "
                 f"the cluster has {total:g}"
             )
     return gpus_per_worker
@@ -188,6 +191,7 @@ def _claim(run: RunConfig, folder: Folder, resume: bool) -> dict[str, Any] | Non
         raise InputError(f"the run {folder.path} exists; continue it with --resume, or choose another `name`")
     check_same_run(yaml.safe_load(folder.read(RECIPE_FILE)), run.model_dump(mode="json"))
     folder.delete(STOP_FILE)
+    attempts.record(folder, attempts.RESUME)
     known: dict[str, Any] = {}
     if folder.exists(DATA_REPORT_FILE):
         known["data_fingerprint"] = folder.read_json(DATA_REPORT_FILE)["fingerprint"]
@@ -205,19 +209,32 @@ def _train(
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from dpo_ray.supervise import Supervisor
+
+    cluster, wait_seconds = run.cluster, run.cluster.wait_minutes * 60
+    start_timeout = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60))
     trainer = TorchTrainer(
         train_loop,
         train_loop_config=job,
         scaling_config=ScalingConfig(
-            num_workers=run.cluster.num_workers,
+            num_workers=cluster.num_workers
+            if cluster.min_workers is None
+            else (cluster.min_workers, cluster.num_workers),
+            elastic_resize_monitor_interval_s=cluster.resize_seconds,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": run.cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RayRunConfig(
             name="checkpoints",
             storage_path=folder.path,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_restarts,
+                max_preemption_failures=cluster.max_preemptions,
+                # A start that times out is one of these; `Supervisor` ends a single long wait, this their sum.
+                controller_failure_limit=10 * math.ceil(wait_seconds / start_timeout),
+            ),
+            callbacks=[Supervisor(folder.path, workers_wanted(run), wait_seconds)],
             checkpoint_config=CheckpointConfig(
                 num_to_keep=run.checkpoint.keep,
                 checkpoint_score_attribute="checkpoint_score",
@@ -253,9 +270,16 @@ def _train(
     return value
 
 
+def workers_wanted(run: RunConfig) -> str:
+    cluster = run.cluster
+    return f"{cluster.min_workers or cluster.num_workers}" + ("" if cluster.min_workers is None else " or more")
+
+
 def _cause(error: BaseException, folder: Folder) -> Exception:
     """What a person can do something about, out of what Ray raised."""
     failures = list(getattr(error, "worker_failures", {}).values())
+    if hasattr(error, "controller_failure"):
+        failures = [error.controller_failure]
     for failure in failures:
         inner = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised
         for ours in (InputError, RunFailed):
@@ -290,7 +314,7 @@ class Follower:
         folder.write_json("tracking.json", {"mlflow_run_id": self.run_id})
         for name in (RECIPE_FILE, DATA_REPORT_FILE):
             self._tracker.log_file(folder.read(name).decode(), name)
-        self._read, self._seen = 0, self._old_lines()
+        self._read, self._seen = b"", self._old_lines()
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -307,11 +331,11 @@ class Follower:
         if not self._folder.exists(METRICS_FILE):
             return
         content = self._folder.read(METRICS_FILE)
-        if len(content) < self._read:  # a resumed run has cut the lines after its checkpoint
-            self._read = 0
-        new, self._read = content[self._read :], content.rfind(b"\n") + 1
+        if not content.startswith(self._read):  # a restarted run has cut the lines after its checkpoint
+            self._read = b""
+        new, self._read = content[len(self._read) :], content[: content.rfind(b"\n") + 1]
         for line in read_lines(new):
-            key = (line["step"], *sorted(line))
+            key = _line_key(line)
             if key in self._seen:
                 continue
             self._seen.add(key)
@@ -340,7 +364,12 @@ class Follower:
         """Lines of the run before it was resumed."""
         if not self._folder.exists(METRICS_FILE):
             return set()
-        return {(line["step"], *sorted(line)) for line in read_lines(self._folder.read(METRICS_FILE))}
+        return {_line_key(line) for line in read_lines(self._folder.read(METRICS_FILE))}
+
+
+def _line_key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells lines apart: the step, the metrics in it, and what is told in words."""
+    return (line["step"], *sorted(line), *(value for value in line.values() if isinstance(value, str)))
 
 
 def _summary(
@@ -349,6 +378,7 @@ def _summary(
     result: Mapping[str, Any],
     reference: Pass | None,
     run_id: str | None,
+    events: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """`summary.json` of a run that came to an end."""
     state = result["state"]
@@ -366,7 +396,8 @@ def _summary(
         "pairs_seen": result["pairs_seen"],
         "world_size": state["world_size"],
         "resumed_from_step": result["resumed_from_step"],
-        "restarts": 0,
+        "restarts": attempts.restarts(events),
+        "lost_steps": attempts.lost_steps(events),
         "eval": evaluations[-1].metrics if evaluations else {},
         "best_eval": best.metrics if best else {},
         "alarms": state["alarms"],

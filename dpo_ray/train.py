@@ -17,7 +17,7 @@ from typing import Any
 import ray.train
 import torch
 
-from dpo_ray import checkpoint
+from dpo_ray import attempts, checkpoint
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
@@ -70,6 +70,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     state = restore(worker.engine, rank, world_size)
     resumed_from, state.stop_reason = state.step or None, None
     log = RunLog(run.folder, rank, state.step)
+    log.started(state.step, world_size)
     if worker.batch != run.batch:
         log.write({"step": state.step, "alarm": "this architecture needs padded rows: every prompt is computed twice"})
     if state.step == 0:
@@ -267,10 +268,22 @@ class RunLog:
 
     def __init__(self, folder: str, rank: int, step: int) -> None:
         self._folder, self._writes = Folder(folder), rank == 0
+        self._reached = step
         if self._writes and self._folder.exists(METRICS_FILE):
-            lines = self._folder.read(METRICS_FILE)
-            kept = [json.dumps(line) + "\n" for line in read_lines(lines) if line["step"] <= step]
+            lines = list(read_lines(self._folder.read(METRICS_FILE)))
+            self._reached = max([step, *(line["step"] for line in lines)])
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
             self._folder.write(METRICS_FILE, "".join(kept).encode())
+
+    def started(self, step: int, world_size: int) -> None:
+        """Record that the workers begin, and tell why if it is not for the first time."""
+        if not self._writes:
+            return
+        cause = attempts.why_again(attempts.history(self._folder))
+        attempts.record(self._folder, attempts.START, step=step, reached=self._reached, world_size=world_size)
+        if cause is not None:
+            again = f"went on from step {step} with {world_size} worker{'s' if world_size > 1 else ''}: {cause}"
+            self.write({"step": step, "event": again})
 
     def write(self, line: dict[str, Any]) -> None:
         if self._writes:

@@ -14,10 +14,20 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
-    "material": ["storage", "data", "models", "checkpoint", "tracking", "report", "recipe_reference", "prepare"],
+    "material": [
+        "storage",
+        "attempts",
+        "data",
+        "models",
+        "checkpoint",
+        "tracking",
+        "report",
+        "recipe_reference",
+        "prepare",
+    ],
     "machinery": ["engine", "reference", "generate"],
     "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
-    "launch": ["launch", "sweep", "submit"],
+    "launch": ["launch", "supervise", "sweep", "submit"],
     "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
