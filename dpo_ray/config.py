@@ -398,6 +398,13 @@ class TrainConfig(Config):
     log_every_steps: int = Field(default=10, ge=1)
     """A line of training metrics every so many steps (and at step 1)."""
 
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or leave the step out. Its pairs are in `bad_steps.jsonl` either
+    way. What the fp16 loss scaler handles is no such case."""
+
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Most steps that `skip` leaves out (counted anew at every start of the workers); then the run stops."""
+
 
 class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -452,6 +459,13 @@ class EarlyStoppingConfig(Config):
 class CheckpointConfig(Config):
     every_steps: int = Field(default=50, ge=1)
     """Save every so many steps, at every new best evaluation, and at the end."""
+
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Save also when this much time has passed since the last checkpoint."""
+
+    stop_seconds: float = Field(default=120.0, gt=0)
+    """Time for a checkpoint after SIGINT or SIGTERM; then the command ends anyway, and `--resume` goes on from the one
+    before. Kubernetes allows 30 s unless `terminationGracePeriodSeconds` says more."""
 
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept: the best by the early-stopping metric; the last is always kept besides."""

@@ -118,7 +118,10 @@ class ZeroEngine:
         self._engine.backward(loss * torch.distributed.get_world_size())
 
     def step(self, step: int) -> dict[str, float]:
-        """Take optimizer step `step` (from 1): returns `grad_norm` (before clipping) and `learning_rate`."""
+        """Take optimizer step `step` (from 1): returns `grad_norm` (before clipping) and `learning_rate`.
+
+        Where the gradient is not finite the weights stay as they are, the gradient is dropped, and so says `grad_norm`.
+        """
         rate = learning_rate(self._optim, step, self._num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -126,6 +129,8 @@ class ZeroEngine:
             # DeepSpeed leaves the norm unknown here, so we clip: the gradients are whole on every rank.
             limit = self._optim.max_grad_norm or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+            if not math.isfinite(norm):
+                self._optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is not stepped
             self._engine.step()
         else:
             self._engine.step()

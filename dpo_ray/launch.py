@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import yaml
 
-from dpo_ray import attempts
+from dpo_ray import attempts, lease
 from dpo_ray.checkpoint import MODEL_FOLDER
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
+from dpo_ray.lease import Lease
 from dpo_ray.metrics import METRICS
+from dpo_ray.notices import STOP_FILE
 from dpo_ray.prepare import (
     Prepared,
     check_recipe,
@@ -34,7 +36,7 @@ from dpo_ray.prepare import (
 from dpo_ray.reference import Pass, fill
 from dpo_ray.stopping import Evaluation, best_evaluation
 from dpo_ray.storage import Folder, read_lines
-from dpo_ray.train import METRICS_FILE, STOP_FILE, TrainJob, train_loop
+from dpo_ray.train import BAD_FILE, METRICS_FILE, TrainJob, train_loop
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,25 @@ def fit(
     display, interrupt = display or Silent(), interrupt or Interrupt()
     run = resolve(run)
     folder = Folder(run.folder)
-    before = _claim(run, folder, resume)
+    folder.check_writable()
+    _refuse_reuse(folder, resume)
+    with lease.acquire(folder, display.phase) as held:
+        _refuse_reuse(folder, resume)  # it may have come into being while we waited
+        try:
+            return _fit(run, folder, held, display, interrupt, connect)
+        except Unsaved as ended:
+            return _ended_unsaved(folder, str(ended))
+
+
+def _fit(
+    run: RunConfig,
+    folder: Folder,
+    held: Lease,
+    display: Display,
+    interrupt: Interrupt,
+    connect: Callable[[], None],
+) -> RunResult:
+    before = _claim(run, folder)
     check_recipe(run)
     connect()
     gpus = check_cluster(run)
@@ -112,7 +132,7 @@ def fit(
         raise InputError("cannot resume: the data is not what the run was started with")
     folder.write(RECIPE_FILE, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False).encode())
     folder.write_json(DATA_REPORT_FILE, prepared.report)
-    reference = _reference_pass(run, prepared, gpus, display)
+    reference = _reference_pass(run, prepared, gpus, display, interrupt)
 
     order = step_order(run, prepared.train.num_pairs)
     display.phase(
@@ -120,12 +140,14 @@ def fit(
     )
     display.progress("training", 0, order.num_steps)
     store = None if reference is None else reference.store
-    job = TrainJob(run, prepared.train, prepared.held_out, store, run.reference.path is None)
+    job = TrainJob(run, prepared.train, prepared.held_out, store, run.reference.path is None, held.token)
     started = time.time()
     with Follower(run, folder, display, before) as follower:
         try:
-            result = _train(run, job, gpus, folder, follower, interrupt)
+            result = _train(run, job, gpus, folder, follower, interrupt, held)
         except (InputError, RunFailed) as error:
+            if not lease.holds(folder, held.token):
+                raise
             failed = {"status": "failed", "stop_reason": str(error), "mlflow_run_id": follower.run_id}
             folder.write_json(SUMMARY_FILE, failed | {"versions": _versions()})
             raise
@@ -139,20 +161,40 @@ def fit(
     return RunResult(folder.path, summary)
 
 
-def _reference_pass(run: RunConfig, prepared: Prepared, gpus: float, display: Display) -> Pass | None:
+class Unsaved(Exception):
+    """The run was interrupted and ended without a checkpoint of its own; says why."""
+
+
+def _ended_unsaved(folder: Folder, reason: str) -> RunResult:
+    """The result of an interrupted run that goes on from an earlier checkpoint, or from its start."""
+    summary = {
+        "status": "interrupted",
+        "stop_reason": reason,
+        "steps": max(list_checkpoints(folder), default=0),
+        "restarts": attempts.restarts(attempts.history(folder)),
+        "model_path": None,
+        "versions": _versions(),
+    }
+    folder.write_json(SUMMARY_FILE, summary)
+    return RunResult(folder.path, summary)
+
+
+def _reference_pass(
+    run: RunConfig, prepared: Prepared, gpus: float, display: Display, interrupt: Interrupt
+) -> Pass | None:
     """Reference log-probs of all pairs of the run; None for a loss that needs none."""
     model = reference_source(run)
     if model is None:
         return None
     pairs = [*prepared.train_pairs, *prepared.held_out_pairs]
     display.phase(f"reference log-probs of {len(pairs)} pairs")
-    found = fill(
-        pairs,
-        model,
-        run,
-        gpus_per_actor=gpus,
-        on_progress=lambda done, total: display.progress("reference", done, total),
-    )
+
+    def on_progress(done: int, total: int) -> None:
+        display.progress("reference", done, total)
+        if interrupt.is_set:
+            raise Unsaved(f"interrupted in the reference pass; {done} of {total} responses are in the store")
+
+    found = fill(pairs, model, run, gpus_per_actor=gpus, on_progress=on_progress)
     display.phase(f"reference: {found.computed} responses computed, {found.from_store} from the store")
     return found
 
@@ -182,13 +224,15 @@ def check_cluster(run: RunConfig) -> float:
     return gpus_per_worker
 
 
-def _claim(run: RunConfig, folder: Folder, resume: bool) -> dict[str, Any] | None:
-    """Make sure that the run folder is ours to write; what is known of the run that is resumed, else None."""
-    folder.check_writable()
+def _refuse_reuse(folder: Folder, resume: bool) -> None:
+    if folder.exists(RECIPE_FILE) and not resume:
+        raise InputError(f"the run {folder.path} exists; continue it with --resume, or choose another `name`")
+
+
+def _claim(run: RunConfig, folder: Folder) -> dict[str, Any] | None:
+    """What is known of the run that is resumed; None if it is new."""
     if not folder.exists(RECIPE_FILE):
         return None
-    if not resume:
-        raise InputError(f"the run {folder.path} exists; continue it with --resume, or choose another `name`")
     check_same_run(yaml.safe_load(folder.read(RECIPE_FILE)), run.model_dump(mode="json"))
     folder.delete(STOP_FILE)
     attempts.record(folder, attempts.RESUME)
@@ -201,9 +245,20 @@ def _claim(run: RunConfig, folder: Folder, resume: bool) -> dict[str, Any] | Non
 
 
 def _train(
-    run: RunConfig, job: TrainJob, gpus: float, folder: Folder, follower: "Follower", interrupt: Interrupt
+    run: RunConfig,
+    job: TrainJob,
+    gpus: float,
+    folder: Folder,
+    follower: "Follower",
+    interrupt: Interrupt,
+    held: Lease,
 ) -> dict[str, Any]:
-    """Run Ray Train in a thread, so that this one can follow the metrics and take signals; rank 0's return value."""
+    """Run Ray Train in a thread, so that this one can follow the metrics and take signals; rank 0's return value.
+
+    Raises:
+        Unsaved: An interrupted run did not get its checkpoint written in time.
+        RunFailed: Also when another attempt has taken the run over; nothing more is written then.
+    """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # also how often Ray takes a report
     from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -252,14 +307,19 @@ def _train(
 
     thread = threading.Thread(target=train, name="ray-train", daemon=True)
     thread.start()
-    asked = False
+    asked_at: float | None = None
     while thread.is_alive():
         thread.join(FOLLOW_INTERVAL_S if folder.is_local else FOLLOW_REMOTE_INTERVAL_S)
+        if held.taken_by is not None:
+            raise RunFailed(f"{held.taken_by} has taken the run {folder.path} over; this attempt has stopped")
         follower.follow()
-        if interrupt.is_set and not asked:
-            asked = True
+        if interrupt.is_set and asked_at is None:
+            asked_at = time.monotonic()
             folder.write(STOP_FILE, b"")
             follower.tell("interrupted: saving a checkpoint (again to quit at once)")
+        if asked_at is not None and time.monotonic() - asked_at > run.checkpoint.stop_seconds:
+            follower.fail()
+            raise Unsaved(f"interrupted; no checkpoint within {run.checkpoint.stop_seconds:g} s")
     follower.follow()
     folder.delete(STOP_FILE)
     result = outcome[0]
@@ -384,7 +444,7 @@ def _summary(
     state = result["state"]
     evaluations = [Evaluation(*item) for item in state["evaluations"]]
     best = best_evaluation(evaluations, run.best_metric)
-    seconds, reason = state["train_seconds"], state["stop_reason"]
+    seconds, waited, reason = state["train_seconds"], state["checkpoint_seconds"], state["stop_reason"]
     status = "completed" if reason is None else "interrupted" if reason == "interrupted" else "stopped_early"
     return {
         "status": status,
@@ -404,10 +464,13 @@ def _summary(
         "train_seconds": round(seconds, 3),
         "pairs_per_second": round(result["pairs_seen"] / seconds, 3) if seconds else None,
         "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None,
+        "checkpoint_seconds": round(waited, 3),
+        "checkpoint_share": round(waited / (seconds + waited), 4) if seconds else None,
         "padding_fraction": round(1 - state["filled"] / state["slots"], 4) if state["slots"] else None,
         "mfu": None,
         "peak_memory_gib": round(result["peak_memory_gib"], 3),
         "overflowed_steps": result["overflowed_steps"],
+        "skipped_steps": skipped_steps(Folder(run.folder)),
         "reference": {
             "computed": reference.computed if reference else 0,
             "from_store": reference.from_store if reference else 0,
@@ -418,6 +481,13 @@ def _summary(
         "mlflow_run_id": run_id,
         "versions": _versions(),
     }
+
+
+def skipped_steps(folder: Folder) -> int:
+    """Steps that were left out because their numbers were not finite; a step that was done again counts once."""
+    if not folder.exists(BAD_FILE):
+        return 0
+    return len({line["step"] for line in read_lines(folder.read(BAD_FILE))})
 
 
 def _versions() -> dict[str, str]:

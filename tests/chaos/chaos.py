@@ -27,7 +27,8 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, CHECKPOINT_EVERY = 30, 5
-VICTIMS = ("worker", "node", "driver", "scorer")
+VICTIMS = ("worker", "node", "driver", "scorer", "preempted node")
+NOTICE_S = 6.0
 COMMAND = [sys.executable, "-c", "from dpo_ray.cli import main; main()"]
 PATIENCE_S = 300.0
 
@@ -75,6 +76,24 @@ class Nodes:
     def lose(self, number: int) -> None:
         """A machine goes away without a word."""
         self._cluster.remove_node(self.workers.pop(number), allow_graceful=False)
+
+    def take_away(self, number: int, seconds: float) -> None:
+        """A machine goes away after a notice, as a spot instance does; another comes in time."""
+        from ray._raylet import GcsClient
+        from ray.core.generated import autoscaler_pb2
+
+        deadline = time.time() + seconds
+        accepted, refusal = GcsClient(address=self.address).drain_node(
+            self.workers[number].node_id,
+            autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            "spot instance reclaimed",
+            int(deadline * 1000),
+        )
+        if not accepted:
+            raise RuntimeError(f"Ray refused the notice: {refusal}")
+        self.workers.append(self.add())
+        time.sleep(max(0.0, deadline - time.time()))
+        self.lose(number)
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Ray workers of these nodes by the title that Ray gives them."""
@@ -208,7 +227,8 @@ def strike(run: Run, nodes: Nodes, victim: str, chance: random.Random) -> str:
         if scorers:
             scorers[chance.randrange(len(scorers))].kill()
         return "reference pass" if scorers else "after the reference pass"
-    at = chance.randrange(1, STEPS - 1)
+    # A notice takes a second or two to be seen, so it comes early enough to find the run still at work.
+    at = chance.randrange(1, STEPS // 3 if victim == "preempted node" else STEPS - 1)
     run.wait_until(lambda: run.step() >= at, f"step {at}")
     time.sleep(chance.uniform(0, 0.1))
     reached = run.step()
@@ -220,6 +240,8 @@ def strike(run: Run, nodes: Nodes, victim: str, chance: random.Random) -> str:
     elif victim == "node":
         nodes.lose(chance.randrange(len(nodes.workers)))
         nodes.workers.append(nodes.add())
+    elif victim == "preempted node":
+        nodes.take_away(chance.randrange(len(nodes.workers)), NOTICE_S)
     elif victim == "driver":
         run.process.send_signal(signal.SIGKILL)
         run.process.wait()
@@ -231,7 +253,7 @@ def one(seed: int, zero_stage: int, victim: str, nodes: Nodes, storage: Path, sh
     """A run with one blow, against the uninterrupted `calm`."""
     chance = random.Random(seed)
     own = {"reference": {"store": str(storage / f"reference-{seed}")}} if victim == "scorer" else {}
-    tree = recipe(shared, storage, f"chaos-{seed}-{victim}-zero{zero_stage}", zero_stage) | own
+    tree = recipe(shared, storage, f"chaos-{seed}-{victim.replace(' ', '-')}-zero{zero_stage}", zero_stage) | own
     run = Run(tree, nodes.address)
     try:
         killed_at = strike(run, nodes, victim, chance)
@@ -282,17 +304,18 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--victim", choices=VICTIMS, help="always this one")
     options = parser.parse_args()
     shared = Path(os.environ.get("DPO_RAY_SHARED") or ROOT.parent / "shared")
     storage = Path(tempfile.mkdtemp(prefix="chaos-runs-"))
     outcomes: list[Outcome] = []
     with cluster() as nodes:
-        calm = {}
-        for stage in (2, 3):
-            calm[stage] = Run(recipe(shared, storage, f"calm-zero{stage}", stage), nodes.address)
-            print(f"uninterrupted, ZeRO {stage}: {calm[stage].finish()['status']}", flush=True)
+        calm: dict[int, Run] = {}
         for seed in range(options.first_seed, options.first_seed + options.runs):
-            stage, victim = (2, 3)[seed % 2], VICTIMS[seed // 2 % len(VICTIMS)]
+            stage, victim = (2, 3)[seed % 2], options.victim or VICTIMS[seed // 2 % len(VICTIMS)]
+            if stage not in calm:
+                calm[stage] = Run(recipe(shared, storage, f"calm-zero{stage}", stage), nodes.address)
+                print(f"uninterrupted, ZeRO {stage}: {calm[stage].finish()['status']}", flush=True)
             outcomes.append(one(seed, stage, victim, nodes, storage, shared, calm[stage]))
             print(outcomes[-1], flush=True)
     options.output.mkdir(parents=True, exist_ok=True)

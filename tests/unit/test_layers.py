@@ -17,6 +17,8 @@ LAYERS = {
     "material": [
         "storage",
         "attempts",
+        "lease",
+        "notices",
         "data",
         "models",
         "checkpoint",
@@ -26,7 +28,7 @@ LAYERS = {
         "prepare",
     ],
     "machinery": ["engine", "reference", "generate"],
-    "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
+    "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
     "launch": ["launch", "supervise", "sweep", "submit"],
     "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
 }
