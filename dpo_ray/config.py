@@ -494,6 +494,10 @@ class ClusterConfig(Config):
     wait_minutes: float = Field(default=30.0, gt=0)
     """Longest wait for nodes that can hold the workers, at the start and after each loss; then the run fails."""
 
+    hang_minutes: float = Field(default=30.0, gt=0)
+    """When no worker has come on for this long, those that hold up the others are named, and all start again. Must be
+    longer than loading the model, one pass over a micro-batch, or writing a checkpoint."""
+
     resize_seconds: float = Field(default=60.0, ge=0)
     """How often a run with `min_workers` looks whether it can grow or must shrink."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_ray import pulse
 from dpo_ray.config import EngineConfig, OptimConfig
 from dpo_ray.models import PairModel, ResponseLogps
 from dpo_ray.pairs import PairBatch
@@ -105,6 +106,7 @@ class ZeroEngine:
     def __call__(self, batch: PairBatch) -> ResponseLogps:
         """Log-probs of a batch's responses. Every rank must call it as often as the others."""
         result: ResponseLogps = self._engine(batch.to(self.device))
+        pulse.beat()
         return result
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:

@@ -267,6 +267,10 @@ def _train(
     from dpo_ray.supervise import Supervisor
 
     cluster, wait_seconds = run.cluster, run.cluster.wait_minutes * 60
+    hang_seconds = cluster.hang_minutes * 60
+    # What can hang inside Ray and torch themselves ends too, but later than the supervisor, who can say more.
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(2 * hang_seconds))
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(2 * hang_seconds))
     start_timeout = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60))
     trainer = TorchTrainer(
         train_loop,
@@ -279,7 +283,7 @@ def _train(
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
         ),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=math.ceil(2 * hang_seconds)),
         run_config=RayRunConfig(
             name="checkpoints",
             storage_path=folder.path,
@@ -289,7 +293,7 @@ def _train(
                 # A start that times out is one of these; `Supervisor` ends a single long wait, this their sum.
                 controller_failure_limit=10 * math.ceil(wait_seconds / start_timeout),
             ),
-            callbacks=[Supervisor(folder.path, workers_wanted(run), wait_seconds)],
+            callbacks=[Supervisor(folder.path, workers_wanted(run), wait_seconds, hang_seconds)],
             checkpoint_config=CheckpointConfig(
                 num_to_keep=run.checkpoint.keep,
                 checkpoint_score_attribute="checkpoint_score",

@@ -41,7 +41,8 @@ class Watch:
 
     def __init__(self, folder: Folder, rank: int, token: str, save_every_s: float | None) -> None:
         self._folder, self._is_first, self._token, self._save_every_s = folder, rank == 0, token, save_every_s
-        self._looked = self._checked = self._polled = self._saved = time.monotonic()
+        self._looked = self._polled = self._saved = time.monotonic()
+        self._checked = float("-inf")
 
     def notices(self) -> Notice:
         """Those of this moment."""

@@ -19,13 +19,14 @@ import ray.train.collective
 import torch
 from ray.train import CheckpointUploadMode
 
-from dpo_ray import attempts, checkpoint
+from dpo_ray import attempts, checkpoint, pulse
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
 from dpo_ray.data.encode import TokenFiles, TokenTable
 from dpo_ray.engine import ZeroEngine, sharded_loading
 from dpo_ray.errors import RunFailed
+from dpo_ray.lease import holds
 from dpo_ray.losses import LossFunction, PairLogps, loss_function
 from dpo_ray.metrics import MetricSums, held_out_names, means, means_with_interval, pair_sums
 from dpo_ray.models import copy_generation_settings, export, load_policy, load_tokenizer, policy_source, usable_layout
@@ -65,8 +66,11 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     """Train on this worker; returns the workers' part of `summary.json`."""
     run, context = job.run, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    if rank == 0 and not holds(Folder(run.folder), job.lease):
+        raise RunFailed(f"another attempt holds the run {run.folder}: this one does not start")
     torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
     order = step_order(run, job.train_pairs.num_pairs)
+    pulse.enter("loading")
     with sharded_loading(run.engine, run.optim):
         model = load_policy(run.model, run.engine.precision, run.train.seed)
     worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size, job.lease)
@@ -74,6 +78,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     evaluation = PairSet(job.held_out_pairs, job.reference, worker.batch)
 
     torch.manual_seed(run.train.seed + rank)
+    pulse.enter("restoring")
     state = restore(worker.engine, rank, world_size)
     resumed_from, state.stop_reason = state.step or None, None
     log = RunLog(run.folder, rank, state.step)
@@ -194,8 +199,10 @@ class Worker:
             RunFailed: Loss or gradient is not finite, and the recipe says stop or too many steps were skipped; or
                 another attempt has taken the run over. Nothing of this step is saved.
         """
+        pulse.enter(f"forward and backward of step {step}")
         self.engine.train(True)
         sums = self._pass(pair_set, numbers, divide_by=len(numbers))
+        pulse.enter(f"sums of step {step}")
         seen = float(self._watch.notices())
         sums.add({"notices": torch.tensor(seen, dtype=torch.float64, device=self.engine.device)})
         reduced = sums.reduced()
@@ -205,6 +212,7 @@ class Worker:
         is_loss_finite = math.isfinite(reduced["loss"])
         if not is_loss_finite and self._run.train.on_non_finite == "stop":
             self._record_bad("loss", pair_set, numbers, step)
+        pulse.enter(f"optimizer step {step}")
         told = self.engine.step(step)
         is_taken = math.isfinite(told["grad_norm"])
         if is_loss_finite and (is_taken or self._run.engine.precision == "fp16"):  # fp16: its loss scaler's business
@@ -234,6 +242,7 @@ class Worker:
 
     def timed_save(self, job: TrainJob, state: TrainState, is_best: bool) -> None:
         """`save`, once the upload before has ended, with a clock: what training waits for is the checkpoints' cost."""
+        pulse.enter(f"checkpoint of step {state.step}")
         began = time.perf_counter()
         self.uploads.begin()
         save(self, job, state, is_best)
@@ -256,6 +265,7 @@ class Worker:
 
     def evaluate(self, pair_set: PairSet) -> dict[str, float]:
         """Reduced sums over all pairs of a set."""
+        pulse.enter("evaluation")
         self.engine.train(False)
         with torch.no_grad():
             return self._pass(pair_set, range(len(pair_set.pairs)), divide_by=None).reduced()
@@ -360,6 +370,7 @@ class RunLog:
 
 def wait_to_be_ended() -> None:
     """Ray Train ends all workers when the node goes, at its deadline at the latest; returning would end the run."""
+    pulse.enter(pulse.NO_HURRY)
     while True:
         time.sleep(1)
 

@@ -27,7 +27,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, CHECKPOINT_EVERY = 30, 5
-VICTIMS = ("worker", "node", "driver", "scorer", "preempted node")
+VICTIMS = ("worker", "node", "driver", "scorer", "preempted node", "stuck worker")
 NOTICE_S = 6.0
 COMMAND = [sys.executable, "-c", "from dpo_ray.cli import main; main()"]
 PATIENCE_S = 300.0
@@ -232,7 +232,10 @@ def strike(run: Run, nodes: Nodes, victim: str, chance: random.Random) -> str:
     run.wait_until(lambda: run.step() >= at, f"step {at}")
     time.sleep(chance.uniform(0, 0.1))
     reached = run.step()
-    if victim == "worker":
+    if victim == "stuck worker":
+        with suppress(psutil.NoSuchProcess):
+            chance.choice(nodes.processes("RayTrainWorker")).suspend()
+    elif victim == "worker":
         workers = nodes.processes("RayTrainWorker")
         if workers:
             with suppress(psutil.NoSuchProcess):
@@ -253,6 +256,8 @@ def one(seed: int, zero_stage: int, victim: str, nodes: Nodes, storage: Path, sh
     """A run with one blow, against the uninterrupted `calm`."""
     chance = random.Random(seed)
     own = {"reference": {"store": str(storage / f"reference-{seed}")}} if victim == "scorer" else {}
+    if victim == "stuck worker":
+        own = {"cluster": {"num_workers": 2, "cpus_per_worker": 1, "hang_minutes": 0.75}}
     tree = recipe(shared, storage, f"chaos-{seed}-{victim.replace(' ', '-')}-zero{zero_stage}", zero_stage) | own
     run = Run(tree, nodes.address)
     try:

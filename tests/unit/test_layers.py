@@ -19,6 +19,7 @@ LAYERS = {
         "attempts",
         "lease",
         "notices",
+        "pulse",
         "data",
         "models",
         "checkpoint",

@@ -10,17 +10,18 @@ from ray.train.v2._internal.execution.controller import state as states
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError
 
-from dpo_ray import attempts, supervise
+from dpo_ray import attempts, pulse, supervise
 from dpo_ray.errors import InputError, RunFailed
+from dpo_ray.pulse import Reading
 from dpo_ray.storage import Folder
-from dpo_ray.supervise import Supervisor, final_error, loss_cause
+from dpo_ray.supervise import HangWatch, Supervisor, Ward, final_error, loss_cause
 
 DIED = WorkerHealthCheckFailedError("a worker health check failed", RuntimeError("the actor died unexpectedly"))
 
 
 @pytest.fixture
 def supervisor(tmp_path: Any) -> Supervisor:
-    return Supervisor(str(tmp_path), "2", wait_seconds=60)
+    return Supervisor(str(tmp_path), "2", wait_seconds=60, hang_seconds=30)
 
 
 def test_only_what_a_retry_cannot_mend_is_final():
@@ -76,3 +77,104 @@ def test_workers_are_not_waited_for_without_end(supervisor: Supervisor, monkeypa
     now = 220.0
     with pytest.raises(RunFailed, match=r"waited 1 minutes .* hold 2 workers"):
         supervisor.after_controller_state_update(waiting, waiting)
+
+
+def readings(*signs: int, phase: str = "sums of step 3") -> dict[int, Reading]:
+    return {rank: Reading(count, phase, 0.0, "train.py:7") for rank, count in enumerate(signs)}
+
+
+def test_nobody_is_stuck_while_anybody_comes_on():
+    watch = HangWatch(60)
+    for now in range(0, 600, 10):
+        assert watch.see(readings(5, now), (), float(now)) == {}
+
+
+def test_the_rank_behind_the_others_is_named_with_its_phase_once():
+    watch = HangWatch(60)
+    assert watch.see(readings(8, 7), (), 0.0) == {}
+    assert watch.see(readings(8, 7), (), 59.0) == {}
+    told = watch.see(readings(8, 7), (), 61.0)
+    assert told == {1: "worker 1 stuck for 1 minutes in `sums of step 3` at train.py:7"}
+    assert watch.see(readings(8, 7), (), 1000.0) == {}
+
+
+def test_a_rank_that_does_not_answer_is_named_before_one_that_waits():
+    watch = HangWatch(60)
+    watch.see(readings(7, 7), (), 0.0)
+    told = watch.see(readings(7, 7), {1}, 61.0)
+    assert list(told) == [1]
+    assert told[1].endswith("and does not answer")
+
+
+def test_ranks_that_stand_together_are_all_named():
+    watch = HangWatch(60)
+    watch.see(readings(7, 7), (), 0.0)
+    assert list(watch.see(readings(7, 7), (), 61.0)) == [0, 1]
+
+
+def test_waiting_for_a_node_to_go_is_no_hang():
+    watch = HangWatch(60)
+    watch.see(readings(7, 7, phase=pulse.NO_HURRY), (), 0.0)
+    assert watch.see(readings(7, 7, phase=pulse.NO_HURRY), (), 1000.0) == {}
+
+
+def test_a_pulse_tells_phase_and_place_from_another_thread():
+    import threading
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        pulse.enter("forward and backward of step 3")
+        entered.set()
+        leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    entered.wait()
+    first = pulse.read()
+    pulse.beat()
+    assert pulse.read().signs == first.signs + 1
+    leave.set()
+    thread.join()
+    assert first.phase == "forward and backward of step 3"
+    assert first.idle_s < 5
+    assert "threading.py:" in first.where
+
+
+class Ready:
+    """Stands for Ray: a call is answered when its worker answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import ray
+
+        self.killed: list[Any] = []
+        monkeypatch.setattr(ray, "wait", lambda refs, timeout: ([r for r in refs if r.worker.answers], []))
+        monkeypatch.setattr(ray, "get", lambda ref: ref.worker.reading)
+        monkeypatch.setattr(ray, "kill", self.killed.append)
+
+
+class FakeWorker:
+    def __init__(self, rank: int) -> None:
+        self.actor, self.answers, self.reading = f"actor {rank}", True, readings(7)[0]
+
+    def execute_async(self, function: Any) -> Any:
+        assert function is pulse.read
+        return SimpleNamespace(worker=self)
+
+
+def test_a_ward_ends_the_worker_that_fell_silent(monkeypatch: pytest.MonkeyPatch):
+    ray, now = Ready(monkeypatch), 0.0
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: now)
+    workers = [FakeWorker(0), FakeWorker(1)]
+    ward, found = Ward(workers, hang_seconds=60), {}
+    for second in range(0, 200):
+        now = float(second)
+        workers[0].reading = readings(min(second, 20))[0]
+        workers[1].answers = second < 20
+        found = ward.look()
+        if found:
+            break
+    assert list(found) == [1]
+    assert 75 < now < 100
+    ward.end(found)
+    assert ray.killed == ["actor 1"]
