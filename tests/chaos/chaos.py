@@ -27,7 +27,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, CHECKPOINT_EVERY = 30, 5
-VICTIMS = ("worker", "node", "driver", "scorer", "preempted node", "stuck worker")
+VICTIMS = ("worker", "node", "driver", "scorer", "preempted node", "head", "stuck worker", "node for good")
 NOTICE_S = 6.0
 COMMAND = [sys.executable, "-c", "from dpo_ray.cli import main; main()"]
 PATIENCE_S = 300.0
@@ -51,18 +51,32 @@ class Outcome:
     is_identical: bool
     """The final weights are the uninterrupted run's, bit for bit."""
 
+    @property
+    def is_good(self) -> bool:
+        """With fewer workers sums are taken in another order, so there the losses must agree, not the bits."""
+        is_same = self.loss_difference <= 1e-4 if self.victim == "node for good" else self.is_identical
+        return self.status == "completed" and is_same
+
 
 class Nodes:
     """A head and two raylets of one CPU each. Use it from the main thread only: Ray installs a signal handler."""
 
     def __init__(self) -> None:
+        self._arguments = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
+        self._next = 2
+        self._start()
+
+    def _start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._arguments = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
         self._cluster = Cluster()
         self._cluster.add_node(num_cpus=0, **self._arguments)
-        self._next = 2
         self.workers = [self.add(), self.add()]
+
+    def replace_all(self) -> None:
+        """The head goes, and with it the cluster; a new one takes its place."""
+        self._cluster.shutdown()
+        self._start()
 
     @property
     def address(self) -> str:
@@ -152,7 +166,7 @@ def recipe(shared: Path, storage: Path, name: str, zero_stage: int, **overrides:
         "tracking": {"kind": "none"},
     }
     for section, values in overrides.items():
-        tree[section] = tree[section] | values
+        tree[section] = tree.get(section, {}) | values
     return tree
 
 
@@ -172,7 +186,8 @@ class Run:
             environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd="/")
 
-    def resume(self) -> None:
+    def resume(self, address: str) -> None:
+        self._address = address
         self.process = self._start("--resume")
 
     def lines(self) -> list[dict[str, Any]]:
@@ -245,21 +260,27 @@ def strike(run: Run, nodes: Nodes, victim: str, chance: random.Random) -> str:
         nodes.workers.append(nodes.add())
     elif victim == "preempted node":
         nodes.take_away(chance.randrange(len(nodes.workers)), NOTICE_S)
-    elif victim == "driver":
+    elif victim == "node for good":
+        nodes.lose(chance.randrange(len(nodes.workers)))
+    elif victim in ("driver", "head"):
         run.process.send_signal(signal.SIGKILL)
         run.process.wait()
-        run.resume()
+        if victim == "head":
+            nodes.replace_all()
+        run.resume(nodes.address)
     return f"step {reached}"
 
 
 def one(seed: int, zero_stage: int, victim: str, nodes: Nodes, storage: Path, shared: Path, calm: Run) -> Outcome:
     """A run with one blow, against the uninterrupted `calm`."""
     chance = random.Random(seed)
-    own = {"reference": {"store": str(storage / f"reference-{seed}")}} if victim == "scorer" else {}
-    if victim == "stuck worker":
-        own = {"cluster": {"num_workers": 2, "cpus_per_worker": 1, "hang_minutes": 0.75}}
-    tree = recipe(shared, storage, f"chaos-{seed}-{victim.replace(' ', '-')}-zero{zero_stage}", zero_stage) | own
-    run = Run(tree, nodes.address)
+    own: dict[str, dict[str, dict[str, Any]]] = {
+        "scorer": {"reference": {"store": str(storage / f"reference-{seed}")}},  # else there is nothing to score
+        "stuck worker": {"cluster": {"hang_minutes": 0.75}},
+        "node for good": {"cluster": {"min_workers": 1}},
+    }
+    name = f"chaos-{seed}-{victim.replace(' ', '-')}-zero{zero_stage}"
+    run = Run(recipe(shared, storage, name, zero_stage, **own.get(victim, {})), nodes.address)
     try:
         killed_at = strike(run, nodes, victim, chance)
         struck = time.time()
@@ -267,6 +288,8 @@ def one(seed: int, zero_stage: int, victim: str, nodes: Nodes, storage: Path, sh
     finally:
         if run.process.poll() is None:
             run.process.kill()
+        while len(nodes.workers) < 2:
+            nodes.workers.append(nodes.add())
     again = [event["time"] for event in run.events("start") if event["time"] > struck]
     calm_losses, losses = calm.losses(), run.losses()
     return Outcome(
@@ -296,7 +319,7 @@ def table(outcomes: list[Outcome]) -> str:
             o.restarts,
             o.lost_steps,
             "" if o.recovery_seconds is None else f"{o.recovery_seconds:.0f}",
-            "bit for bit" if o.is_identical else f"no: loss differs by {o.loss_difference:.1e}",
+            "bit for bit" if o.is_identical else f"losses within {o.loss_difference:.1e}",
         )
         for o in outcomes
     ]
@@ -331,7 +354,7 @@ def main() -> None:
         f"# Chaos\n\n{STEPS} steps on two nodes, a checkpoint every {CHECKPOINT_EVERY}; one blow (SIGKILL) a run, at a "
         "random moment. `make chaos`.\n\n" + table(outcomes)
     )
-    bad = [o for o in outcomes if o.status != "completed" or not o.is_identical]
+    bad = [o for o in outcomes if not o.is_good]
     shutil.rmtree(storage, ignore_errors=True) if not bad else print(f"runs are kept in {storage}")
     sys.exit(1 if bad else 0)
 
