@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import yaml
 
@@ -315,6 +315,7 @@ def _train(
     while thread.is_alive():
         thread.join(FOLLOW_INTERVAL_S if folder.is_local else FOLLOW_REMOTE_INTERVAL_S)
         if held.taken_by is not None:
+            follower.leave()
             raise RunFailed(f"{held.taken_by} has taken the run {folder.path} over; this attempt has stopped")
         follower.follow()
         if interrupt.is_set and asked_at is None:
@@ -322,13 +323,16 @@ def _train(
             folder.write(STOP_FILE, b"")
             follower.tell("interrupted: saving a checkpoint (again to quit at once)")
         if asked_at is not None and time.monotonic() - asked_at > run.checkpoint.stop_seconds:
-            follower.fail()
+            follower.end("interrupted")
             raise Unsaved(f"interrupted; no checkpoint within {run.checkpoint.stop_seconds:g} s")
     follower.follow()
-    folder.delete(STOP_FILE)
     result = outcome[0]
+    if not lease.holds(folder, held.token):
+        follower.leave()
+        raise RunFailed(f"{lease.read_holder(folder) or 'someone'} has taken the run {folder.path} over")
+    folder.delete(STOP_FILE)
     if isinstance(result, BaseException):
-        follower.fail()
+        follower.end("failed")
         raise _cause(result, folder)
     value: dict[str, Any] = result.return_value
     return value
@@ -388,7 +392,7 @@ class Follower:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.fail()
+            self.end("failed")
 
     def follow(self) -> None:
         """Take the lines that have come since."""
@@ -418,10 +422,14 @@ class Follower:
         if self._run.tracking.register_as and summary["model_path"]:
             self._tracker.register(summary["model_path"], self._run.tracking.register_as)
 
-    def fail(self) -> None:
-        """Close the tracked run as failed, once."""
+    def leave(self) -> None:
+        """Touch the tracked run no more: it is another attempt's."""
+        self._is_closed = True
+
+    def end(self, status: Literal["failed", "interrupted"]) -> None:
+        """Close the tracked run without a summary, once."""
         if not self._is_closed:
-            self._tracker.finish("failed")
+            self._tracker.finish(status)
             self._is_closed = True
 
     def _old_lines(self) -> set[tuple[Any, ...]]:

@@ -9,8 +9,9 @@ import threading
 import time
 from typing import NamedTuple
 
-NO_HURRY = "waiting for a node to go"
-"""The one phase that may last for ever."""
+LEAVING, FLUSHING = "waiting for a node to go", "last upload"
+NO_HURRY = {LEAVING, FLUSHING}
+"""Phases that may last: their end is in other hands."""
 
 
 class Reading(NamedTuple):

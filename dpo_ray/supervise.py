@@ -141,7 +141,7 @@ class HangWatch:
             silent: Ranks that do not answer any more.
         """
         counts = {rank: reading.signs for rank, reading in readings.items()}
-        may_wait = any(reading.phase == pulse.NO_HURRY for reading in readings.values())
+        may_wait = any(reading.phase in pulse.NO_HURRY for reading in readings.values())
         if counts != self._counts or may_wait:
             self._counts, self._still_since = counts, now
         if now - self._still_since < self._hang_seconds:

@@ -132,6 +132,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
             if going.is_now and not is_last and state.stop_reason is None:
                 wait_to_be_ended()
 
+    pulse.enter(pulse.FLUSHING)
     return {
         "state": dataclasses.asdict(state),
         "resumed_from_step": resumed_from,
@@ -370,7 +371,7 @@ class RunLog:
 
 def wait_to_be_ended() -> None:
     """Ray Train ends all workers when the node goes, at its deadline at the latest; returning would end the run."""
-    pulse.enter(pulse.NO_HURRY)
+    pulse.enter(pulse.LEAVING)
     while True:
         time.sleep(1)
 

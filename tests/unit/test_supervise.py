@@ -112,10 +112,11 @@ def test_ranks_that_stand_together_are_all_named():
     assert list(watch.see(readings(7, 7), (), 61.0)) == [0, 1]
 
 
-def test_waiting_for_a_node_to_go_is_no_hang():
+@pytest.mark.parametrize("phase", sorted(pulse.NO_HURRY))
+def test_waiting_for_a_node_to_go_or_for_the_last_upload_is_no_hang(phase: str):
     watch = HangWatch(60)
-    watch.see(readings(7, 7, phase=pulse.NO_HURRY), (), 0.0)
-    assert watch.see(readings(7, 7, phase=pulse.NO_HURRY), (), 1000.0) == {}
+    watch.see(readings(7, 7, phase=phase), (), 0.0)
+    assert watch.see(readings(7, 7, phase=phase), (), 1000.0) == {}
 
 
 def test_a_pulse_tells_phase_and_place_from_another_thread():
