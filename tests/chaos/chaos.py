@@ -327,6 +327,18 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(outcomes: list[Outcome], folder: Path) -> None:
+    """`chaos.json` and `chaos.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [dataclasses.asdict(outcome) for outcome in outcomes]
+    (folder / "chaos.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (folder / "chaos.md").write_text(
+        f"# Chaos\n\n{STEPS} steps on two nodes, a checkpoint every {CHECKPOINT_EVERY}; one blow a run, at a random "
+        "moment: SIGKILL, for `stuck worker` SIGSTOP, for `preempted node` a notice of "
+        f"{NOTICE_S:g} s. `make chaos`.\n\n" + table(outcomes)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
@@ -346,14 +358,7 @@ def main() -> None:
                 print(f"uninterrupted, ZeRO {stage}: {calm[stage].finish()['status']}", flush=True)
             outcomes.append(one(seed, stage, victim, nodes, storage, shared, calm[stage]))
             print(outcomes[-1], flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "chaos.json").write_text(
-        json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n"
-    )
-    (options.output / "chaos.md").write_text(
-        f"# Chaos\n\n{STEPS} steps on two nodes, a checkpoint every {CHECKPOINT_EVERY}; one blow (SIGKILL) a run, at a "
-        "random moment. `make chaos`.\n\n" + table(outcomes)
-    )
+            write(outcomes, options.output)
     bad = [o for o in outcomes if not o.is_good]
     shutil.rmtree(storage, ignore_errors=True) if not bad else print(f"runs are kept in {storage}")
     sys.exit(1 if bad else 0)
