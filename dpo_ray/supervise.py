@@ -174,6 +174,8 @@ def loss_cause(error: Any) -> str:
         return f"{_workers(dead)} died"  # errors of the others, if any, only follow from that
     if failures:
         rank, failure = min(failures.items())
+        if "by peer" in str(failure):  # gloo's "Connection reset", seen before Ray saw the death behind it
+            return f"{_workers([rank])} lost the connection to another worker"
         lines = [line for line in str(failure).strip().splitlines() if line.strip()]
         return f"{_workers([rank])}: {type(failure).__name__}: {lines[-1].strip() if lines else ''}"[:300]
     failure = getattr(error, "controller_failure", error)

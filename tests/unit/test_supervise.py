@@ -43,6 +43,10 @@ def test_a_final_error_is_raised_in_the_controller(supervisor: Supervisor):
         (WorkerGroupError("", {0: ValueError("collateral"), 1: DIED}), "worker 1 died"),
         (WorkerGroupError("", {0: DIED, 1: DIED}), "workers 0, 1 died"),
         (WorkerGroupError("", {1: ValueError("first line\nlast line\n")}), "worker 1: ValueError: last line"),
+        (
+            WorkerGroupError("", {0: RuntimeError("[/gloo/pair.cc:537] Read error: Connection reset by peer. GLHF!")}),
+            "worker 0 lost the connection to another worker",
+        ),
         (PreemptionError(PreemptionInfo(None, {"node": [1]})), "node of worker 1 taken away"),
         (ControllerError(RuntimeError("a\n b")), "RuntimeError: a b"),
     ],
