@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from dpo_ray import pulse
 from dpo_ray.config import EngineConfig, OptimConfig
+from dpo_ray.engine_state import EngineState
 from dpo_ray.models import PairModel, ResponseLogps
 from dpo_ray.pairs import PairBatch
-
-TAG = "zero"
-"""DeepSpeed's name for the one checkpoint in a folder."""
 
 
 def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
@@ -101,6 +99,7 @@ class ZeroEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(engine, optim)
         )
+        self._state = EngineState(self._engine, optimizer, model, engine.zero_stage)
         self.device: torch.device = torch.device(self._engine.device)
 
     def __call__(self, batch: PairBatch) -> ResponseLogps:
@@ -168,18 +167,12 @@ class ZeroEngine:
         return weights
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shards of weights and optimizer. Every rank must call it."""
-        self._engine.save_checkpoint(
-            str(folder), tag=TAG, exclude_frozen_parameters=self.model.has_adapter, save_latest=False
-        )
+        """Write this rank's part of weights and optimizer. Every rank must call it."""
+        self._state.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same number of workers. Every rank must call it."""
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=TAG, load_lr_scheduler_states=False, load_module_strict=not self.model.has_adapter
-        )
-        if path is None:
-            raise FileNotFoundError(f"no engine state in {folder}")
+        """Read what `save` wrote, at any number of workers. Every rank must call it."""
+        self._state.load(folder)
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,11 +17,12 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import yaml
 
-from dpo_ray import attempts, lease
-from dpo_ray.checkpoint import MODEL_FOLDER
+from dpo_ray import attempts, checkpoint, lease, manifest
+from dpo_ray.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.lease import Lease
+from dpo_ray.manifest import Manifest
 from dpo_ray.metrics import METRICS
 from dpo_ray.notices import STOP_FILE
 from dpo_ray.prepare import (
@@ -236,6 +237,7 @@ def _claim(run: RunConfig, folder: Folder) -> dict[str, Any] | None:
     check_same_run(yaml.safe_load(folder.read(RECIPE_FILE)), run.model_dump(mode="json"))
     folder.delete(STOP_FILE)
     attempts.record(folder, attempts.RESUME)
+    checkpoint.mend_snapshot(folder)
     known: dict[str, Any] = {}
     if folder.exists(DATA_REPORT_FILE):
         known["data_fingerprint"] = folder.read_json(DATA_REPORT_FILE)["fingerprint"]
@@ -285,7 +287,7 @@ def _train(
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=math.ceil(2 * hang_seconds)),
         run_config=RayRunConfig(
-            name="checkpoints",
+            name=CHECKPOINTS,
             storage_path=folder.path,
             failure_config=FailureConfig(
                 max_failures=cluster.max_restarts,
@@ -507,15 +509,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def list_checkpoints(folder: Folder) -> dict[int, bool]:
-    """Steps of a run's checkpoints that are whole, and whether each was the best when it was written."""
-    checkpoints = folder / "checkpoints"
-    if not checkpoints.exists("checkpoint_manager_snapshot.json"):
-        return {}
-    snapshot = checkpoints.read_json("checkpoint_manager_snapshot.json")
-    listed = [*snapshot["checkpoint_results"], snapshot["latest_checkpoint_result"]]
-    found = {item["metrics"]["step"]: bool(item["metrics"]["is_best"]) for item in listed if item}
-    return dict(sorted(found.items()))
+def list_checkpoints(folder: Folder) -> dict[int, tuple[str, Manifest]]:
+    """The whole checkpoints of a run, by step: folder name and manifest."""
+    found = reversed(checkpoint.find(folder))
+    return {one.manifest.step: (one.name, one.manifest) for one in found if one.manifest is not None}
 
 
 def write_model(
@@ -527,16 +524,22 @@ def write_model(
         The checkpoint's step.
 
     Raises:
-        InputError: There is no such checkpoint.
+        InputError: There is no such checkpoint, or its model has been damaged.
     """
     steps = list_checkpoints(folder)
     if not steps:
         raise InputError(f"{folder.path} has no checkpoint")
     if step is not None and step not in steps:
         raise InputError(f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    chosen = step if step is not None else max((s for s, is_best in steps.items() if is_best), default=max(steps))
+    best = [s for s, (_, written) in steps.items() if written.is_best]
+    chosen = step if step is not None else max(best or steps)
+    name, written = steps[chosen]
+    source = folder / CHECKPOINTS / name
+    model = [(file, stamp) for file, stamp in written.files.items() if file.startswith(f"{MODEL_FOLDER}/")]
+    if wrong := manifest.changed(source, model):
+        raise InputError(f"{source.path} is damaged: {', '.join(wrong)}")
     target.delete()
-    target.copy_from(f"{folder.path}/checkpoints/step-{chosen:06d}/{MODEL_FOLDER}")
+    target.copy_from((source / MODEL_FOLDER).path)
     target.write("README.md", model_card(run, chosen, summary).encode())
     return chosen
 

@@ -236,6 +236,9 @@ RESUMABLE_KEYS = (
     "train.max_skipped_steps",
     "batch.tokens_per_device",
     "batch.row_tokens",
+    "engine.zero_stage",
+    "engine.offload_optimizer",
+    "engine.activation_checkpointing",
     "reference.store",
 )
 

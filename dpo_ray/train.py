@@ -19,7 +19,7 @@ import ray.train.collective
 import torch
 from ray.train import CheckpointUploadMode
 
-from dpo_ray import attempts, checkpoint, pulse
+from dpo_ray import attempts, checkpoint, manifest, pulse
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
@@ -35,7 +35,7 @@ from dpo_ray.pairs import TokenizedPair
 from dpo_ray.prepare import step_order
 from dpo_ray.reference import ReferenceStore, ReferenceTable
 from dpo_ray.stopping import Evaluation, best_evaluation, decide, overtraining
-from dpo_ray.storage import Folder, read_lines
+from dpo_ray.storage import Folder, locate, read_lines
 from dpo_ray.uploads import Uploads
 
 METRICS_FILE = "metrics.jsonl"
@@ -79,10 +79,12 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
 
     torch.manual_seed(run.train.seed + rank)
     pulse.enter("restoring")
-    state = restore(worker.engine, rank, world_size)
+    state, faults = restore(worker.engine, run, rank, world_size)
     resumed_from, state.stop_reason = state.step or None, None
     log = RunLog(run.folder, rank, state.step)
     log.started(state.step, world_size)
+    for fault in faults:
+        log.write({"step": state.step, "alarm": f"checkpoint not used, {fault}"})
     if worker.batch != run.batch:
         log.write({"step": state.step, "alarm": "this architecture needs padded rows: every prompt is computed twice"})
     if state.step == 0:
@@ -376,22 +378,66 @@ def wait_to_be_ended() -> None:
         time.sleep(1)
 
 
-def restore(engine: ZeroEngine, rank: int, world_size: int) -> TrainState:
-    """Continue from the last checkpoint of this run, if there is one."""
-    last = ray.train.get_checkpoint()
-    if last is None:
-        return TrainState(world_size=world_size)
-    with last.as_directory() as path:
-        folder = Path(path)
-        state = checkpoint.load_state(folder, world_size)
-        engine.load(folder)
-        checkpoint.load_rng(folder, rank)
-        torch.distributed.barrier()  # remote storage removes the folder when the first rank leaves
+def restore(engine: ZeroEngine, run: RunConfig, rank: int, world_size: int) -> tuple[TrainState, list[str]]:
+    """Continue from the newest checkpoint of this run whose files are all as they were written, on all ranks the same.
+
+    Returns:
+        Progress, and what is wrong with newer checkpoints.
+
+    Raises:
+        InputError: The run had checkpoints, and none is whole.
+    """
+    faults: list[str] = []
+    had_any = False
+    for found, stored in _from_rank_0(_stored_checkpoints(Folder(run.folder)) if rank == 0 else []):
+        wrong = [found.fault]
+        if found.manifest is not None:
+            with stored.as_directory() as folder:
+                files = list(found.manifest.files.items())
+                wrong = _from_all_ranks(manifest.changed(Folder(folder), files[rank::world_size]))
+                if not wrong:
+                    return _load(engine, Path(folder), run.train.seed, rank, world_size), faults
+        had_any |= found.was_whole
+        faults.append(f"{found.name}: {', '.join(wrong)}")
+    if had_any:
+        raise checkpoint.none_is_whole(Folder(run.folder), faults)
+    return TrainState(world_size=world_size), faults
+
+
+def _load(engine: ZeroEngine, folder: Path, seed: int, rank: int, world_size: int) -> TrainState:
+    state = checkpoint.load_state(folder)
+    state.world_size = world_size
+    engine.load(folder)
+    checkpoint.load_rng(folder, rank, seed=seed, step=state.step)
+    torch.distributed.barrier()  # remote storage removes the folder when the first rank leaves
     return state
 
 
+def _stored_checkpoints(folder: Folder) -> list[tuple[checkpoint.Found, ray.train.Checkpoint]]:
+    """Newest first, each with Ray's handle, which downloads once for all ranks of a node."""
+    found = []
+    for one in checkpoint.find(folder):
+        filesystem, path = locate(f"{folder.path}/{checkpoint.CHECKPOINTS}/{one.name}")
+        found.append((one, ray.train.Checkpoint(path, filesystem=filesystem)))
+    return found
+
+
+def _from_rank_0(value: Any) -> Any:
+    """What rank 0 passes, on every rank."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _from_all_ranks(values: list[str]) -> list[str]:
+    """All ranks' values, in the order of the ranks."""
+    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]
+
+
 def save(worker: Worker, job: TrainJob, state: TrainState, is_best: bool) -> None:
-    """Report a checkpoint: every rank its shards, rank 0 also the progress and the model in Hugging Face format."""
+    """Report a checkpoint: every rank its part and its manifest, rank 0 also progress and the Hugging Face model."""
     folder = Path(tempfile.mkdtemp())
     worker.engine.save(folder)
     weights = worker.engine.full_weights()
@@ -407,12 +453,15 @@ def save(worker: Worker, job: TrainJob, state: TrainState, is_best: bool) -> Non
         )
         copy_generation_settings(source, model_folder)
         (folder / checkpoint.STATE_FILE).write_text(state.to_json())
+    manifest.seal(folder, worker.rank, worker.world_size, step=state.step, is_best=is_best)
+    # Ray takes rank 0's name for the folder.
+    name = checkpoint.free_name(Folder(job.run.folder), state.step) if worker.rank == 0 else None
     # Ray keeps the highest scores, and the last one: a new best outranks the bests before it, and all that are none.
     score = float(state.step) - (0.0 if is_best else 1e9)
     ray.train.report(
         report_metrics(state) | {"checkpoint_score": score, "is_best": is_best},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
-        checkpoint_dir_name=f"step-{state.step:06d}",
+        checkpoint_dir_name=name,
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         checkpoint_upload_fn=worker.uploads,
         delete_local_checkpoint_after_upload=True,

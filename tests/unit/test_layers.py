@@ -15,20 +15,10 @@ LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
     "material": [
-        "storage",
-        "attempts",
-        "lease",
-        "notices",
-        "pulse",
-        "data",
-        "models",
-        "checkpoint",
-        "tracking",
-        "report",
-        "recipe_reference",
-        "prepare",
+        *("storage", "attempts", "lease", "notices", "pulse", "data", "models", "manifest", "shards", "checkpoint"),
+        *("tracking", "report", "recipe_reference", "prepare"),
     ],
-    "machinery": ["engine", "reference", "generate"],
+    "machinery": ["engine", "engine_state", "reference", "generate"],
     "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
     "launch": ["launch", "supervise", "sweep", "submit"],
     "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
@@ -36,7 +26,7 @@ LAYERS = {
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
 WITHOUT_RAY = {"words", "mathematics", "material"}
 
-HOMES = {"deepspeed": {"engine", "checkpoint"}, "mlflow": {"tracking"}}
+HOMES = {"deepspeed": {"engine"}, "mlflow": {"tracking"}}
 
 
 def module_name(path: Path) -> str:
