@@ -42,6 +42,8 @@ class TrainState:
     world_size: int = 1
     train_seconds: float = 0.0
     """In training steps, without evaluation, checkpoints and start-up."""
+    checkpoint_seconds: float = 0.0
+    """That training waited for checkpoints."""
     tokens: int = 0
     """Real tokens trained on: each prompt once, each response once."""
     slots: int = 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_ray import pulse
 from dpo_ray.config import EngineConfig, OptimConfig
 from dpo_ray.engine_state import EngineState
 from dpo_ray.models import PairModel, ResponseLogps
@@ -106,6 +107,7 @@ class ZeroEngine:
     def __call__(self, batch: PairBatch) -> ResponseLogps:
         """Log-probs of a batch's responses. Every rank must call it as often as the others."""
         result: ResponseLogps = self._engine(batch.to(self.device))
+        pulse.beat()
         return result
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -119,7 +121,10 @@ class ZeroEngine:
         self._engine.backward(loss * torch.distributed.get_world_size())
 
     def step(self, step: int) -> dict[str, float]:
-        """Take optimizer step `step` (from 1): returns `grad_norm` (before clipping) and `learning_rate`."""
+        """Take optimizer step `step` (from 1): returns `grad_norm` (before clipping) and `learning_rate`.
+
+        Where the gradient is not finite the weights stay as they are, the gradient is dropped, and so says `grad_norm`.
+        """
         rate = learning_rate(self._optim, step, self._num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -127,6 +132,8 @@ class ZeroEngine:
             # DeepSpeed leaves the norm unknown here, so we clip: the gradients are whole on every rank.
             limit = self._optim.max_grad_norm or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+            if not math.isfinite(norm):
+                self._optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is not stepped
             self._engine.step()
         else:
             self._engine.step()

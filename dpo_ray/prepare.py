@@ -226,6 +226,8 @@ RESUMABLE_KEYS = (
     "train.epochs",
     "train.max_steps",
     "train.log_every_steps",
+    "train.on_non_finite",
+    "train.max_skipped_steps",
     "batch.tokens_per_device",
     "batch.row_tokens",
     "engine.zero_stage",

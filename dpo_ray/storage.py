@@ -124,15 +124,23 @@ class Folder:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def append(self, name: str, line: str) -> None:
-        """Add a line. Object stores cannot append, so there the whole (small) file is written again."""
+        """Add a line; one that a crash has cut short is taken away first.
+
+        Object stores cannot append, so there the whole (small) file is written again.
+        """
         if self.is_local:
             path = Path(self.path) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with path.open("ab+") as file:
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.seek(0)
+                        file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(line.encode() + b"\n")
         else:
             before = self.read(name) if self.exists(name) else b""
-            self.write(name, before + line.encode() + b"\n")
+            self.write(name, before[: before.rfind(b"\n") + 1] + line.encode() + b"\n")
 
     def delete(self, name: str = "") -> None:
         """Remove a file or folder; nothing happens if it is not there."""

@@ -34,6 +34,7 @@ def some_state() -> TrainState:
         step=37,
         world_size=2,
         train_seconds=1 / 3,
+        checkpoint_seconds=0.5,
         tokens=12_345_678_901,
         slots=7,
         filled=5,

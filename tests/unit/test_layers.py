@@ -15,12 +15,12 @@ LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
     "material": [
-        *("storage", "data", "models", "manifest", "shards", "checkpoint"),
+        *("storage", "attempts", "lease", "notices", "pulse", "data", "models", "manifest", "shards", "checkpoint"),
         *("tracking", "report", "recipe_reference", "memory", "prepare"),
     ],
     "machinery": ["engine", "engine_state", "reference", "generate"],
-    "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
-    "launch": ["launch", "sweep", "submit"],
+    "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
+    "launch": ["launch", "supervise", "sweep", "submit"],
     "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
