@@ -481,6 +481,8 @@ class EngineConfig(Config):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("bf16 needs zero_stage 1, 2 or 3: at 0 DeepSpeed keeps no fp32 weights to add updates to")
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError("fp16 needs zero_stage 1, 2 or 3: at 0 DeepSpeed takes an optimizer step before the first")
         return self
 
 

@@ -26,7 +26,7 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    clips_itself = engine.zero_stage > 0 or engine.precision != "fp32"  # see `ZeroEngine.step`
+    clips_itself = engine.zero_stage > 0  # see `ZeroEngine.step`
     # Gradients of several micro-batches are added in fp32, not in bf16.
     accumulation = {"data_types": {"grad_accum_dtype": "fp32"}} if engine.precision == "bf16" else {}
     return {
@@ -89,12 +89,7 @@ class ZeroEngine:
         if engine.zero_stage == 3 and (blocks := _expert_blocks(model)):
             deepspeed.utils.set_z3_leaf_modules(model, blocks)
         self.model = model
-        self._stage, self._precision, self._optim, self._num_steps = (
-            engine.zero_stage,
-            engine.precision,
-            optim,
-            num_steps,
-        )
+        self._stage, self._optim, self._num_steps = engine.zero_stage, optim, num_steps
         optimizer = torch.optim.AdamW(
             _decay_groups(model, optim.weight_decay), lr=optim.learning_rate, betas=optim.betas, eps=optim.eps
         )
@@ -128,7 +123,7 @@ class ZeroEngine:
         rate = learning_rate(self._optim, step, self._num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        if self._stage == 0 and self._precision == "fp32":
+        if self._stage == 0:
             # DeepSpeed leaves the norm unknown here, so we clip: the gradients are whole on every rank.
             limit = self._optim.max_grad_norm or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))

@@ -72,7 +72,7 @@ class EngineState:
             if not p.requires_grad:
                 continue
             if self._stage == 0:
-                yield _Part(name, p, self._master(p), 0, 0, p.numel())
+                yield _Part(name, p, p, 0, 0, p.numel())  # fp32: the weights themselves
             elif self._stage == 3:
                 group, offset, size = zero.grad_position[zero.get_param_id(p)]
                 start = rank * size
@@ -83,16 +83,6 @@ class EngineState:
                 (flat,) = self._adam.param_groups[mapping.param_group_index]["params"]
                 source, place = mapping.lp_fragment_address, mapping.hp_fragment_address
                 yield _Part(name, p, flat, place.start, source.start, source.numel)
-
-    def _master(self, parameter: Tensor) -> Tensor:
-        """The fp32 weights of a parameter without ZeRO: itself, or fp16's copy."""
-        for halves, wholes in zip(
-            *(getattr(self._zero, f"{kind}_groups", ()) for kind in ("fp16", "fp32")), strict=True
-        ):
-            for half, whole in zip(halves, wholes, strict=True):
-                if half is parameter:
-                    return whole  # type: ignore[no-any-return]
-        return parameter
 
     def _moments(self, flat: Tensor) -> dict[str, Tensor]:
         """Adam's state of a tensor, made as Adam makes it where no step has been taken."""
@@ -113,7 +103,7 @@ class EngineState:
     @property
     def _loss_scale(self) -> Any:
         """Where fp16's loss scale and the overflows behind it are; None where there is none."""
-        return getattr(self._zero, "loss_scaler", getattr(self._zero, "loss_scale_config", None))
+        return getattr(self._zero, "loss_scaler", None)
 
     def _round_weights(self, parts: list["_Part"]) -> None:
         """Give the forward pass the optimizer's weights, in its own type and on every rank, as after a step."""
@@ -124,9 +114,6 @@ class EngineState:
             for part in parts:
                 part.parameter.ds_tensor.data[: part.numel].copy_(part.view(part.flat))
             self._zero.checkpoint_event_epilogue()  # gathers the small ones again
-        else:
-            for part in parts:
-                part.parameter.data.copy_(part.flat)
 
 
 class _Part(NamedTuple):

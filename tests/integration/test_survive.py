@@ -154,3 +154,19 @@ def test_checkpoints_come_by_the_clock_too(cluster: None, shared: Path, storage:
     summary = fit(run).summary
     assert 0 < summary["checkpoint_share"] < 1
     assert len(list((Path(run.folder) / "checkpoints").glob("step-*"))) >= 2
+
+
+def test_adapters_go_on_with_one_worker_and_then_with_two_again(cluster: None, shared: Path, storage: Path):
+    overrides: dict[str, Any] = {"engine__zero_stage": 3, "model__lora": {"rank": 4}, "optim__learning_rate": 3e-3}
+    overrides |= {"optim__schedule": "constant", "optim__warmup_ratio": 0.0}
+    whole = recipe(shared, storage, "whole", cluster__num_workers=2, **overrides)
+    fit(whole)
+    for steps, workers in ((4, 2), (8, 1), (STEPS, 2)):
+        resized = recipe(shared, storage, "resized", cluster__num_workers=workers, train__max_steps=steps, **overrides)
+        summary = fit(resized, resume=steps > 4).summary
+        assert (summary["steps"], summary["world_size"]) == (steps, workers)
+    found, expected = (
+        [line["loss"] for line in lines(run, "metrics.jsonl") if "loss" in line] for run in (resized, whole)
+    )
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert expected[-1] != pytest.approx(expected[0], abs=1e-3), "it has trained"
