@@ -169,15 +169,14 @@ class Training:
         found: dict[str, Any] = {"skipped": engine.skipped_steps, "steps": engine.global_steps}
         found["adam steps"] = {float(state["step"]) for state in adam.state.values()}
         if self.case.precision == "fp16":
-            scale = zero.loss_scale_config if self.case.stage == 0 else zero.loss_scaler
-            found["scale"] = {name: value for name, value in vars(scale).items() if isinstance(value, int | float)}
+            scale = vars(zero.loss_scaler)
+            found["scale"] = {name: value for name, value in scale.items() if isinstance(value, int | float)}
         for name, p in self.engine.model.named_parameters():
             if not p.requires_grad:
                 continue
             if self.case.stage == 0:
-                master = self.engine._state._master(p)
-                found[name] = master.detach().clone()
-                found |= {f"{name} {key}": adam.state[master][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+                found[name] = p.detach().clone()
+                found |= {f"{name} {key}": adam.state[p][key].clone() for key in ("exp_avg", "exp_avg_sq")}
             else:
                 found[name] = safe_get_full_fp32_param(p).clone()
                 for key in ("exp_avg", "exp_avg_sq"):
