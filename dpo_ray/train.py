@@ -70,7 +70,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     state = restore(worker.engine, rank, world_size)
     resumed_from, state.stop_reason = state.step or None, None
     log = RunLog(run.folder, rank, state.step)
-    if worker.batch != run.batch:
+    if worker.batch.layout == "padded" != run.batch.layout:
         log.write({"step": state.step, "alarm": "this architecture needs padded rows: every prompt is computed twice"})
     if state.step == 0:
         worker.self_check(train, order.pairs_of(1), job.reference_is_start)
@@ -148,7 +148,7 @@ class Worker:
         self.engine, self.rank, self.world_size = engine, rank, world_size
         self.last_step: dict[str, float] = {}
         self._run = run
-        layout = usable_layout(engine, engine.model.config, run.batch.layout, run.engine.precision)
+        layout = usable_layout(engine, engine.model, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
         self._loss: LossFunction = loss_function(**run.loss.model_dump())
         self._folder, self._polled = Folder(run.folder), 0.0

@@ -1,5 +1,7 @@
 """Packed branches say the same as padded rows and as one plain forward for each response: sums and every gradient.
 
+In rows with a mask, and in one row a span at a time.
+
 A wrong mask raises nothing, so every kind of architecture is tried: grouped heads, learnt positions, sliding windows,
 biases, capped and scaled logits. Weights are large, so that a token too many, or one too few, shows.
 """
@@ -14,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from dpo_ray.attention import Attention, Kernel
 from dpo_ray.data.batching import Layout, Row, make_batch
 from dpo_ray.errors import InputError
 from dpo_ray.models import PairModel
@@ -76,6 +79,15 @@ def items_of(vocabulary: int = VOCABULARY) -> list[PromptBranches]:
 PACKED: list[Row] = [[2, 0, 1], [4, 3]]
 """Items by row."""
 
+WAYS: list[tuple[Layout, Kernel]] = [
+    ("padded", "mask"),
+    ("branches", "mask"),
+    ("branches", "spans"),  # with padding
+    ("one_row", "spans"),
+]
+CAPPED = "gemma2 (windows, capped logits)"
+"""Its attention scores are capped, too, which the CPU's kernel cannot do."""
+
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
@@ -97,8 +109,10 @@ def plain(model: Any, items: list[PromptBranches]) -> Tensor:
     return torch.stack(result)
 
 
-def in_layout(model: Any, items: list[PromptBranches], layout: Layout) -> Tensor:
-    logps: Tensor = PairModel(model)(make_batch(items, PACKED, layout)).logps
+def in_layout(model: PairModel, items: list[PromptBranches], layout: Layout, kernel: Kernel) -> Tensor:
+    model.attend_with(Attention(kernel, "asked"))
+    rows = [[i for row in PACKED for i in row]] if layout == "one_row" else PACKED
+    logps: Tensor = model(make_batch(items, rows, layout)).logps
     return logps
 
 
@@ -109,11 +123,14 @@ def with_gradients(model: Any, logps: Tensor) -> tuple[Tensor, dict[str, Tensor]
     return logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_the_layouts_agree(model: Any, items: list[PromptBranches], *, tolerance: float = 2e-5) -> None:
+def assert_the_layouts_agree(
+    model: Any, items: list[PromptBranches], *, ways: list[tuple[Layout, Kernel]] = WAYS, tolerance: float = 2e-5
+) -> None:
     expected, gradients = with_gradients(model, plain(model, items))
     assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    for layout in ("padded", "branches"):
-        logps, found = with_gradients(model, in_layout(model, items, layout))
+    pair_model = PairModel(model)
+    for layout, kernel in ways:
+        logps, found = with_gradients(model, in_layout(pair_model, items, layout, kernel))
         torch.testing.assert_close(logps, expected, rtol=tolerance, atol=tolerance)
         assert found.keys() == gradients.keys()
         largest = max(gradient.abs().max().item() for gradient in gradients.values())
@@ -123,13 +140,20 @@ def assert_the_layouts_agree(model: Any, items: list[PromptBranches], *, toleran
                 gradient,
                 rtol=1e-3,
                 atol=tolerance * largest,
-                msg=partial("{} {}: {}".format, layout, name),
+                msg=partial("{} {} {}: {}".format, layout, kernel, name),
             )
+    pair_model.attend_with(Attention("mask", "as loaded"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_branches_padded_rows_and_plain_forwards_agree(name: str):
-    assert_the_layouts_agree(build(name), items_of())
+    ways = [way for way in WAYS if name != CAPPED or way[1] == "mask"]
+    assert_the_layouts_agree(build(name), items_of(), ways=ways)
+
+
+def test_capped_scores_are_not_left_out_in_silence():
+    with pytest.raises(ValueError, match="attention with `softcap`"):
+        in_layout(PairModel(build(CAPPED)), items_of(), "one_row", "spans")
 
 
 @pytest.mark.parametrize("name", ["llama with tied weights", "gpt2 (learnt positions)", "mistral with a window"])

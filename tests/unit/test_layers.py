@@ -14,7 +14,17 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
-    "material": ["storage", "data", "models", "checkpoint", "tracking", "report", "recipe_reference", "prepare"],
+    "material": [
+        "storage",
+        "data",
+        "attention",
+        "models",
+        "checkpoint",
+        "tracking",
+        "report",
+        "recipe_reference",
+        "prepare",
+    ],
     "machinery": ["engine", "reference", "generate"],
     "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
     "launch": ["launch", "sweep", "submit"],
