@@ -43,7 +43,7 @@ docs: $(INSTALLED) ## Write docs/recipe.md from the schema
 	$(BIN)/python -m dpo_ray.recipe_reference > docs/recipe.md
 
 bench: $(INSTALLED) ## Run every benchmark
-	@for file in $(wildcard benchmarks/*.py); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
 wheel: $(INSTALLED) ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

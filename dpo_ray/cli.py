@@ -68,6 +68,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved recipe and the plan; train nothing.")
     ] = False,
+    device_gib: Annotated[
+        float | None, typer.Option(help="Memory that the dry run is to fit, of one device; default: as here.")
+    ] = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
@@ -80,7 +83,7 @@ def train(
             run = resolve(run)
             check_recipe(run)
             prepared = prepare(run)
-            plan = describe_plan(run, prepared)
+            plan = describe_plan(run, prepared, device_gib)
             emit({"recipe": run.model_dump(mode="json"), "plan": plan}, show_plan)
             return
         emit(train_here(run, resume=resume, address=address), show_summary)
@@ -115,7 +118,6 @@ def evaluate(
     """Held-out metrics of a model against its reference."""
     from dpo_ray.evaluate.held_out import evaluate_model
     from dpo_ray.launch import RECIPE_FILE, check_cluster
-    from dpo_ray.losses import REFERENCE_FREE
     from dpo_ray.models import ModelSource
     from dpo_ray.prepare import prepare, reference_source, resolve
     from dpo_ray.storage import Folder
@@ -131,7 +133,7 @@ def evaluate(
             "data": {"sources": [{"path": data}], "eval": {"num_pairs": 0}},
         }
         run = parse_run(tree, laid_over)
-        if reference is None and run.loss.kind not in REFERENCE_FREE:
+        if reference is None and reference_source(run) is not None:
             raise InputError("--data needs --reference: the model that rewards are measured against")
     elif recipe is not None:
         run = load_run(recipe, laid_over)

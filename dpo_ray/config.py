@@ -181,12 +181,28 @@ class DataConfig(Config):
         return sources
 
 
-class PairLossConfig(Config):
+class AnyLossConfig(Config):
+    data_weights: bool = False
+    """Multiply the loss of each pair by its `weight` in the data. The mean is still over the number of pairs."""
+
+
+class PairLossConfig(AnyLossConfig):
     sft_weight: float = Field(default=0.0, ge=0)
     """Adds this much of the chosen response's negative log-likelihood per token (the `sft` loss)."""
 
 
-class DivergenceConfig(PairLossConfig):
+class OnPolicyConfig(PairLossConfig):
+    wpo: bool = False
+    """Weigh each pair by how likely the policy itself is to say it (WPO, arXiv:2406.11827)."""
+
+
+class ReferenceLossConfig(OnPolicyConfig):
+    ld_alpha: float = Field(default=1.0, ge=0, le=1)
+    """Weight of the tokens beyond the shorter response's length, in policy and reference (LD-DPO, arXiv:2409.06411);
+    1 is the plain sum."""
+
+
+class DivergenceConfig(ReferenceLossConfig):
     beta: float = Field(default=0.1, gt=0)
     """Weight of the implicit KL penalty to the reference; larger stays closer to it."""
 
@@ -203,12 +219,18 @@ class DivergenceConfig(PairLossConfig):
         return self
 
 
-class RatioConfig(PairLossConfig):
+class MarginConfig(DivergenceConfig):
+    margin_weight: float = Field(default=0.0, ge=0)
+    """The reward margin must exceed this times the pair's `margin` in the data, or its gap of scores (DPO with an
+    offset, arXiv:2402.10571)."""
+
+
+class RatioConfig(ReferenceLossConfig):
     beta: float = Field(default=0.1, gt=0)
     """Scale of the rewards, beta * (log pi - log pi_ref)."""
 
 
-class DpoConfig(DivergenceConfig):
+class DpoConfig(MarginConfig):
     kind: Literal["dpo"] = "dpo"
     """Direct Preference Optimization, eq. 7 of arXiv:2305.18290."""
 
@@ -216,7 +238,7 @@ class DpoConfig(DivergenceConfig):
     """Assumed share of flipped labels (conservative DPO); 0 is plain DPO."""
 
 
-class RobustConfig(DivergenceConfig):
+class RobustConfig(MarginConfig):
     kind: Literal["robust"] = "robust"
     """DPO that is unbiased under flipped labels, arXiv:2403.00409."""
 
@@ -232,12 +254,12 @@ class IpoConfig(DivergenceConfig):
     """Log-ratios per token, as behind the paper's results, or summed."""
 
 
-class HingeConfig(DivergenceConfig):
+class HingeConfig(MarginConfig):
     kind: Literal["hinge"] = "hinge"
     """max(0, 1 - beta h), arXiv:2305.10425."""
 
 
-class SigmoidNormConfig(DivergenceConfig):
+class SigmoidNormConfig(MarginConfig):
     kind: Literal["sigmoid_norm"] = "sigmoid_norm"
     """Length-normalised DPO, eq. 6 of arXiv:2411.15124."""
 
@@ -294,7 +316,19 @@ class ApoDownConfig(RatioConfig):
     """Anchored: for chosen responses worse than the model's own, eq. 8 of arXiv:2408.06266."""
 
 
-class SimpoConfig(PairLossConfig):
+class AotConfig(PairLossConfig):
+    kind: Literal["aot"] = "aot"
+    """Optimal transport over the step: sorted log-ratios of policy and reference, arXiv:2406.05882. One more forward
+    pass a step."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """As in `dpo`."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """As in `dpo`."""
+
+
+class SimpoConfig(OnPolicyConfig):
     kind: Literal["simpo"] = "simpo"
     """Mean log-probs with a margin, eq. 6 of arXiv:2405.14734; no reference."""
 
@@ -305,7 +339,7 @@ class SimpoConfig(PairLossConfig):
     """Target margin; 0.3 to 0.8 times beta."""
 
 
-class CpoConfig(PairLossConfig):
+class CpoConfig(OnPolicyConfig):
     kind: Literal["cpo"] = "cpo"
     """DPO without a reference, eq. 5 of arXiv:2401.08417; the paper adds `sft_weight: 1`."""
 
@@ -313,7 +347,7 @@ class CpoConfig(PairLossConfig):
     """Scale of the log-probs."""
 
 
-class OrpoConfig(Config):
+class OrpoConfig(AnyLossConfig):
     kind: Literal["orpo"] = "orpo"
     """Likelihood plus odds ratio, eq. 6 of arXiv:2403.07691; no reference."""
 
@@ -321,12 +355,12 @@ class OrpoConfig(Config):
     """Weight of the odds ratio (lambda in the paper)."""
 
 
-class SftConfig(Config):
+class SftConfig(AnyLossConfig):
     kind: Literal["sft"] = "sft"
     """Negative log-likelihood of the chosen response, per token; needs no reference."""
 
 
-LossConfig = Annotated[
+SingleLoss = (
     DpoConfig
     | RobustConfig
     | IpoConfig
@@ -340,12 +374,34 @@ LossConfig = Annotated[
     | SppoHardConfig
     | ApoZeroConfig
     | ApoDownConfig
+    | AotConfig
     | SimpoConfig
     | CpoConfig
     | OrpoConfig
-    | SftConfig,
-    Field(discriminator="kind"),
-]
+    | SftConfig
+)
+
+
+class SumConfig(Config):
+    kind: Literal["sum"] = "sum"
+    """Several losses at once, each with a weight, such as mixed preference optimization (arXiv:2411.10442)."""
+
+    losses: tuple[Annotated[SingleLoss, Field(discriminator="kind")], ...] = Field(min_length=2)
+    """Sections like `loss`, each with its `kind`. The rewards that are logged are the first one's."""
+
+    weights: tuple[Annotated[float, Field(gt=0)], ...]
+    """A weight for each."""
+
+    @model_validator(mode="after")
+    def _weights_and_rewards(self) -> "SumConfig":
+        if len(self.weights) != len(self.losses):
+            raise ValueError(f"{len(self.losses)} losses have {len(self.weights)} weights")
+        if self.losses[0].kind == "sft":
+            raise ValueError("the first of the losses gives the rewards, and `sft` has none: put it behind another")
+        return self
+
+
+LossConfig = Annotated[SingleLoss | SumConfig, Field(discriminator="kind")]
 
 
 class BatchConfig(Config):
@@ -601,15 +657,18 @@ def _explain(error: ValidationError) -> str:
     """One line for the first problem: the dotted key, what is wrong, and the nearest known key."""
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in problem["loc"]]
-    if location[:1] == ["loss"] and len(location) > 1:
-        del location[1]  # the kind, which pydantic puts between
+    kind = ""
+    for place in (4, 1) if location[:1] == ["loss"] else ():  # pydantic puts the kind behind `loss` and `losses.N`
+        if len(location) > place and (place == 1 or location[1:3] == ["sum", "losses"]):
+            kind = kind or location[place]
+            del location[place]
     key = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = sorted(recipe_keys())
         pattern = ".".join("*" if part.isdigit() else part for part in location)
         if pattern in known:
-            return f"`{key}` is not an option of {location[0]}.kind: {problem['loc'][1]}{more}"
+            return f"`{key}` is not an option of {location[0]}.kind: {kind}{more}"
         nearest = difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
         last = [k for k in known if k.rpartition(".")[2] == location[-1]]
         hint = nearest or last

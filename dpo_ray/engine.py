@@ -87,6 +87,8 @@ class ZeroEngine:
         if engine.activation_checkpointing:
             model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
             model.language_model.enable_input_require_grads()  # reentrant checkpoints need an input with gradient
+        if engine.zero_stage == 3 and (blocks := _expert_blocks(model)):
+            deepspeed.utils.set_z3_leaf_modules(model, blocks)
         self.model = model
         self._stage, self._precision, self._optim, self._num_steps = (
             engine.zero_stage,
@@ -131,6 +133,23 @@ class ZeroEngine:
             self._engine.step()
             norm = float(self._engine.get_global_grad_norm())
         return {"grad_norm": norm, "learning_rate": rate}
+
+    def measure_communication(self, on: bool) -> None:
+        """Begin or end the counts below. While they run every collective waits for its end."""
+        logger = _comms_logger()
+        logger.enabled = logger.prof_all = on
+        if on:
+            logger.comms_dict.clear()
+
+    def communication_seconds(self) -> float:
+        """In ZeRO's collectives, while they were measured last."""
+        sizes = (size for op in _comms_logger().comms_dict.values() for size in op.values())
+        return float(sum(sum(latencies) for _, latencies, *_ in sizes) / 1000)
+
+    def communication_bytes(self) -> dict[str, int]:
+        """Bytes given to each of ZeRO's collectives by its name, while they were measured last."""
+        ops = _comms_logger().comms_dict.items()
+        return {name: int(sum(size * count for size, (count, *_) in sizes.items())) for name, sizes in ops}
 
     @property
     def overflowed_steps(self) -> int:
@@ -185,6 +204,22 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     rest = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _comms_logger() -> Any:
+    import deepspeed.comm.comm
+
+    return deepspeed.comm.comm.comms_logger
+
+
+def _expert_blocks(model: nn.Module) -> list[type[nn.Module]]:
+    """Classes of the modules that hold experts, to be gathered whole under ZeRO-3.
+
+    Their parts do not run alike: ranks choose different experts, and an adapter's factors are read without a forward.
+    """
+    return list(
+        {type(module) for module in model.modules() for name, _ in module.named_children() if name == "experts"}
+    )
 
 
 def _use_cpu_where_there_is_no_gpu() -> None:

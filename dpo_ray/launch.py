@@ -19,6 +19,7 @@ import yaml
 from dpo_ray.checkpoint import MODEL_FOLDER
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
+from dpo_ray.losses import loss_function
 from dpo_ray.metrics import METRICS
 from dpo_ray.prepare import (
     Prepared,
@@ -149,6 +150,7 @@ def _reference_pass(run: RunConfig, prepared: Prepared, gpus: float, display: Di
         model,
         run,
         gpus_per_actor=gpus,
+        per_token="tails" in loss_function(**run.loss.model_dump()).needs,
         on_progress=lambda done, total: display.progress("reference", done, total),
     )
     display.phase(f"reference: {found.computed} responses computed, {found.from_store} from the store")
@@ -374,6 +376,7 @@ def _summary(
         "pairs_per_second": round(result["pairs_seen"] / seconds, 3) if seconds else None,
         "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None,
         "padding_fraction": round(1 - state["filled"] / state["slots"], 4) if state["slots"] else None,
+        "time_split": result["time_split"],
         "mfu": None,
         "peak_memory_gib": round(result["peak_memory_gib"], 3),
         "overflowed_steps": result["overflowed_steps"],

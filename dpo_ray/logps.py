@@ -3,13 +3,21 @@
 Pure functions of tensors. N response tokens, D hidden width, V vocabulary, S responses.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 """Most logits alive at once, by device (32 MiB and 512 MiB in fp32): chunks have CHUNK_LOGITS // V tokens."""
+
+
+class TokenLogps(NamedTuple):
+    """What the next-token distributions say, in nats; float32 (float64 for float64 input)."""
+
+    logps: Tensor  # [N], log p(target), with gradient
+    entropy: Tensor  # [N], without
+    log_collision: Tensor  # [N], log sum over v of p(v)^2, without
 
 
 def token_logps(
@@ -21,8 +29,8 @@ def token_logps(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """log p(target) and the entropy of the next-token distribution at each position.
+) -> TokenLogps:
+    """log p(target) at each position, with the entropy and the collision probability of its distribution.
 
     logits = scale * (hidden @ weight.T + bias), then softcap * tanh(logits / softcap) where the architecture has it.
     Forward keeps one log-sum-exp a token; backward computes the logits of a chunk again (the memory of two chunks,
@@ -34,20 +42,30 @@ def token_logps(
         target_ids: [N] int64.
         bias: [V] or None.
         chunk_tokens: Tokens whose logits are held at once; None: by `CHUNK_LOGITS`.
-
-    Returns:
-        logps [N] in nats, float32 (float64 for float64 input), with gradient; entropy [N] in nats, without.
     """
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_LOGITS.get(weight.device.type, 2**23) // weight.shape[0])
-    logps, entropy = _TokenLogps.apply(hidden, weight, bias, target_ids, scale, softcap, chunk_tokens)  # type: ignore[no-untyped-call]
-    return logps, entropy
+    return TokenLogps(*_ChunkedHead.apply(hidden, weight, bias, target_ids, scale, softcap, chunk_tokens))  # type: ignore[no-untyped-call]
 
 
 def sum_by_response(values: Tensor, response_index: Tensor, num_responses: int) -> Tensor:
     """Sum of `values` [N] over the tokens of each response: [S]. In float64, so that packing does not change sums."""
     sums = torch.zeros(num_responses, dtype=torch.float64, device=values.device)
     return sums.index_add(0, response_index, values.double())
+
+
+def tail_sums(token_logps: Tensor, response_index: Tensor, num_tokens: Tensor) -> Tensor:
+    """Of each response of a pair, the summed log-prob beyond the length of the pair's shorter one: [S].
+
+    Args:
+        token_logps: [N], the tokens of each response in their order.
+        response_index: [N] int64, in rising order; responses 2 i and 2 i + 1 are a pair.
+        num_tokens: [S], lengths of the responses.
+    """
+    lengths = num_tokens.long()
+    place = torch.arange(len(token_logps), device=token_logps.device) - (lengths.cumsum(0) - lengths)[response_index]
+    shorter = lengths.view(-1, 2).min(1).values.repeat_interleave(2)
+    return sum_by_response(token_logps * (place >= shorter[response_index]), response_index, len(lengths))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
@@ -61,7 +79,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-class _TokenLogps(torch.autograd.Function):
+class _ChunkedHead(torch.autograd.Function):
     """The chunked head. One class for all architectures, so that training, reference and scoring share every bit."""
 
     @staticmethod
@@ -74,10 +92,10 @@ class _TokenLogps(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-        entropy, log_norm = torch.empty_like(logps), torch.empty_like(logps)
+        entropy, log_collision, log_norm = (torch.empty_like(logps) for _ in range(3))
         for start in range(0, len(hidden), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = _logits(hidden[part], weight, bias, scale, softcap)
@@ -85,13 +103,14 @@ class _TokenLogps(torch.autograd.Function):
             logps[part] = logits.gather(-1, target_ids[part, None])[:, 0] - log_norm[part]
             probs = (logits - log_norm[part, None]).exp_()
             entropy[part] = log_norm[part] - torch.linalg.vecdot(probs, logits)
+            log_collision[part] = torch.linalg.vecdot(probs, probs).log()
         ctx.save_for_backward(hidden, weight, bias, target_ids, log_norm)
         ctx.scale, ctx.softcap, ctx.chunk_tokens = scale, softcap, chunk_tokens
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
+        ctx.mark_non_differentiable(entropy, log_collision)
+        return logps, entropy, log_collision
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_ids, log_norm = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None

@@ -7,7 +7,7 @@ A new loss is a function here, a section in `config` and a line in `LOSSES`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,22 @@ class PairLogps(NamedTuple):
     rejected: Tensor  # [B]
     chosen_tokens: Tensor  # [B], number of response tokens
     rejected_tokens: Tensor  # [B]
+    chosen_tail: Tensor | None = None  # [B], what of `chosen` stands beyond the length of the shorter response (LD-DPO)
+    rejected_tail: Tensor | None = None  # [B]
+
+    @property
+    def gap(self) -> Tensor:
+        """[B], log p(chosen) - log p(rejected)."""
+        return self.chosen - self.rejected
+
+
+class PairTerms(NamedTuple):
+    """What some losses read besides log-probs; None where no loss of the recipe needs it."""
+
+    weight: Tensor | None = None  # [B], weight of the pair, from the data
+    margin: Tensor | None = None  # [B], by how much the chosen response is better, from the data
+    alignment: Tensor | None = None  # [B], WPO's weight: how likely the policy is to say both responses; no gradient
+    matched_gap: Tensor | None = None  # [B], the reference's log-ratio at the pair's rank in the step; see `match_gaps`
 
 
 class PreferenceLoss(NamedTuple):
@@ -41,6 +57,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     f_divergence: str = "reverse_kl",
     f_alpha: float | None = None,
+    margin: Tensor | float = 0.0,
 ) -> PreferenceLoss:
     """Direct Preference Optimization, with optional label smoothing.
 
@@ -49,7 +66,8 @@ def dpo_loss(
         loss = -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
 
     eps = 0 is eq. 7 of Rafailov et al. 2023 (arXiv:2305.18290). eps > 0 is conservative DPO: eq. 3 of Mitchell 2023,
-    "A note on DPO with noisy preferences".
+    "A note on DPO with noisy preferences". A margin m makes it beta h - m: DPO with an offset, of Amini et al. 2024
+    (arXiv:2402.10571).
 
     Args:
         policy: Log-probs under the model in training, with gradient.
@@ -57,11 +75,12 @@ def dpo_loss(
         beta: KL penalty weight, > 0.
         label_smoothing: eps, the assumed share of flipped labels, in [0, 0.5).
         f_divergence: What keeps the policy near the reference; see `_scores`.
+        margin: [B] or a number, in the unit of rewards.
 
     Returns:
         The loss of each pair, not reduced, and rewards beta * (log pi - log pi_ref).
     """
-    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha)
+    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha) - margin
     loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
     return _with_rewards(loss, policy, reference, beta)
 
@@ -74,12 +93,13 @@ def robust_loss(
     label_smoothing: float,
     f_divergence: str = "reverse_kl",
     f_alpha: float | None = None,
+    margin: Tensor | float = 0.0,
 ) -> PreferenceLoss:
     """Robust DPO, unbiased when a share eps of the labels is flipped: eq. 12 of Chowdhury et al. (arXiv:2403.00409).
 
     loss = [-(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h)] / (1 - 2 eps)
     """
-    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha)
+    logits = beta * _score_gap(policy, reference, f_divergence, f_alpha) - margin
     loss = -(1 - label_smoothing) * F.logsigmoid(logits) + label_smoothing * F.logsigmoid(-logits)
     return _with_rewards(loss / (1 - 2 * label_smoothing), policy, reference, beta)
 
@@ -111,10 +131,11 @@ def hinge_loss(
     beta: float,
     f_divergence: str = "reverse_kl",
     f_alpha: float | None = None,
+    margin: Tensor | float = 0.0,
 ) -> PreferenceLoss:
     """max(0, 1 - beta h): the hinge of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425) on DPO's reward, as in RSO."""
     gap = _score_gap(policy, reference, f_divergence, f_alpha)
-    return _with_rewards(F.relu(1 - beta * gap), policy, reference, beta)
+    return _with_rewards(F.relu(1 - beta * gap + margin), policy, reference, beta)
 
 
 def sigmoid_norm_loss(
@@ -124,6 +145,7 @@ def sigmoid_norm_loss(
     beta: float,
     f_divergence: str = "reverse_kl",
     f_alpha: float | None = None,
+    margin: Tensor | float = 0.0,
 ) -> PreferenceLoss:
     """Length-normalised DPO: log-ratios per token. Eq. 6 of Lambert et al. 2024 (Tulu 3, arXiv:2411.15124).
 
@@ -131,7 +153,7 @@ def sigmoid_norm_loss(
     """
     chosen, rejected = _scores(policy, reference, f_divergence, f_alpha)
     gap = chosen / policy.chosen_tokens - rejected / policy.rejected_tokens
-    return _with_rewards(-F.logsigmoid(beta * gap), policy, reference, beta)
+    return _with_rewards(-F.logsigmoid(beta * gap - margin), policy, reference, beta)
 
 
 def exo_pair_loss(
@@ -218,6 +240,34 @@ def apo_down_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> Pr
     return _with_rewards(torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen), policy, reference, beta)
 
 
+def aot_loss(
+    policy: PairLogps, reference: PairLogps, *, beta: float, matched_gap: Tensor, label_smoothing: float = 0.0
+) -> PreferenceLoss:
+    """Alignment by optimal transport: the sorted log-ratios of all pairs, policy against reference. Melnyk et al. 2024
+    (arXiv:2406.05882), the paired form with the logistic loss.
+
+    It is conservative DPO in which each pair's reference log-ratio is that of the pair with its rank among the
+    reference's, not its own.
+
+    Args:
+        matched_gap: [B], from `match_gaps` over all pairs of the step.
+    """
+    logits = beta * (policy.gap - matched_gap)
+    loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return _with_rewards(loss, policy, reference, beta)
+
+
+def match_gaps(policy_gaps: Tensor, reference_gaps: Tensor) -> Tensor:
+    """The reference's log-ratio (chosen less rejected) that has the rank of each pair's own under the policy.
+
+    Args:
+        policy_gaps, reference_gaps: [n], over all pairs that are compared: a step's, or a whole held-out set's.
+    """
+    matched = torch.empty_like(reference_gaps)
+    matched[policy_gaps.argsort(stable=True)] = reference_gaps.sort().values
+    return matched
+
+
 def simpo_loss(policy: PairLogps, reference: PairLogps | None = None, *, beta: float, gamma: float) -> PreferenceLoss:
     """Mean log-probs as rewards, with a target margin: eq. 6 of Meng et al. 2024 (arXiv:2405.14734). No reference.
 
@@ -257,8 +307,6 @@ def sft_loss(policy: PairLogps, reference: PairLogps | None = None) -> Preferenc
     return PreferenceLoss(-policy.chosen / policy.chosen_tokens, None, None)
 
 
-LossFunction = Callable[[PairLogps, PairLogps | None], PreferenceLoss]
-
 LOSSES: Mapping[str, Callable[..., PreferenceLoss]] = {
     "dpo": dpo_loss,
     "robust": robust_loss,
@@ -273,6 +321,7 @@ LOSSES: Mapping[str, Callable[..., PreferenceLoss]] = {
     "sppo_hard": sppo_hard_loss,
     "apo_zero": apo_zero_loss,
     "apo_down": apo_down_loss,
+    "aot": aot_loss,
     "simpo": simpo_loss,
     "cpo": cpo_loss,
     "orpo": orpo_loss,
@@ -284,22 +333,95 @@ REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
 """Losses that need no reference pass."""
 
 
-def loss_function(kind: str, *, sft_weight: float = 0.0, **options: Any) -> LossFunction:
-    """The loss of a recipe: `loss_function(**run.loss.model_dump())`.
+class Loss(NamedTuple):
+    """The loss of a recipe: call it with the log-probs of a micro-batch's pairs."""
+
+    function: Callable[[PairLogps, PairLogps | None, PairTerms], PreferenceLoss]
+    needs: frozenset[str]
+    """Of `reference`, `tails` (of `PairLogps`) and the fields of `PairTerms`: what it must be given."""
+
+    def __call__(
+        self, policy: PairLogps, reference: PairLogps | None, terms: PairTerms | None = None
+    ) -> PreferenceLoss:
+        return self.function(policy, reference, terms or PairTerms())
+
+
+def loss_function(kind: str, **options: Any) -> Loss:
+    """The loss of a recipe: `loss_function(**run.loss.model_dump())`; `sum` or one of `LOSSES` with its modifiers."""
+    return _weighted_sum(**options) if kind == "sum" else _modified(kind, **options)
+
+
+def _weighted_sum(*, losses: Sequence[Mapping[str, Any]], weights: Sequence[float]) -> Loss:
+    """Several losses added; the rewards are the first one's."""
+    parts = [loss_function(**options) for options in losses]
+
+    def function(policy: PairLogps, reference: PairLogps | None, terms: PairTerms) -> PreferenceLoss:
+        results = [part(policy, reference, terms) for part in parts]
+        weighted = [weight * result.loss for weight, result in zip(weights, results, strict=True)]
+        return results[0]._replace(loss=torch.stack(weighted).sum(0))
+
+    return Loss(function, frozenset().union(*(part.needs for part in parts)))
+
+
+def _modified(
+    kind: str,
+    *,
+    data_weights: bool = False,
+    sft_weight: float = 0.0,
+    wpo: bool = False,
+    ld_alpha: float = 1.0,
+    margin_weight: float = 0.0,
+    **options: Any,
+) -> Loss:
+    """One of `LOSSES`, with what may be laid over it.
 
     Args:
-        sft_weight: Adds that much of `sft_loss` to another loss.
-        options: The keyword arguments of that loss.
+        data_weights: Multiplies the loss by the pair's weight.
+        sft_weight: Adds that much of `sft_loss`.
+        wpo: Multiplies the preference loss by how likely the policy itself is to say the pair: eq. 2 of Zhou et al.
+            2024 (WPO, arXiv:2406.11827), with its sampled alignment.
+        ld_alpha: Weight of the tokens beyond the shorter response's length, in policy and reference: Liu et al. 2024
+            (LD-DPO, arXiv:2409.06411). 1 is the plain sum.
+        margin_weight: Times the pair's margin is what the reward margin must exceed.
+        options: The keyword arguments of the loss.
     """
-    base: LossFunction = partial(LOSSES[kind], **options)
-    if sft_weight == 0.0:
-        return base
+    base: Callable[..., PreferenceLoss] = partial(LOSSES[kind], **options)
+    conditions = {
+        "reference": kind not in REFERENCE_FREE,
+        "tails": ld_alpha != 1.0,
+        "weight": data_weights,
+        "margin": margin_weight != 0.0,
+        "alignment": wpo,
+        "matched_gap": kind == "aot",
+    }
 
-    def with_sft(policy: PairLogps, reference: PairLogps | None) -> PreferenceLoss:
-        result = base(policy, reference)
-        return result._replace(loss=result.loss + sft_weight * sft_loss(policy).loss)
+    def function(policy: PairLogps, reference: PairLogps | None, terms: PairTerms) -> PreferenceLoss:
+        extra = {"margin": margin_weight * _given(terms.margin)} if margin_weight else {}
+        extra |= {"matched_gap": _given(terms.matched_gap)} if kind == "aot" else {}
+        result = base(_desensitized(policy, ld_alpha), _desensitized(reference, ld_alpha), **extra)
+        if ld_alpha != 1.0 and reference is not None:  # rewards stay what they are everywhere
+            result = _with_rewards(result.loss, policy, reference, options["beta"])
+        loss = result.loss * _given(terms.alignment) if wpo else result.loss
+        if sft_weight:
+            loss = loss + sft_weight * sft_loss(policy).loss
+        return result._replace(loss=loss * _given(terms.weight) if data_weights else loss)
 
-    return with_sft
+    return Loss(function, frozenset(name for name, holds in conditions.items() if holds))
+
+
+def _desensitized(logps: PairLogps | None, alpha: float) -> PairLogps | None:
+    """Log-probs in which tokens beyond the shorter response's length count `alpha`."""
+    if logps is None or alpha == 1.0:
+        return logps
+    return logps._replace(
+        chosen=logps.chosen - (1 - alpha) * _given(logps.chosen_tail),
+        rejected=logps.rejected - (1 - alpha) * _given(logps.rejected_tail),
+    )
+
+
+def _given(value: Tensor | None) -> Tensor:
+    assert value is not None, "see `Loss.needs`"
+    return value
 
 
 def _scores(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alpha: float | None) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dpo_ray.attention import Attention, attention_inputs, choose_attention, set_kernel
 from dpo_ray.data.batching import Layout, make_batch
 from dpo_ray.errors import InputError
-from dpo_ray.logps import sum_by_response, token_logps
+from dpo_ray.logps import TokenLogps, sum_by_response, token_logps
 from dpo_ray.pairs import Ids, PairBatch, PromptBranches
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class ResponseLogps(NamedTuple):
     logps: Tensor  # [S] float64, summed log p(response | prompt), nats, with gradient
     num_tokens: Tensor  # [S] float64
     entropy: Tensor  # [S] float64, summed entropy of the next-token distributions, nats, without gradient
+    alignment: Tensor  # [S] float64, mean of log p(token) - log sum of p^2 over the vocabulary, without gradient
+    token_logps: Tensor  # [N] log p of each response token, with gradient
 
 
 class PairModel(nn.Module):
@@ -112,11 +114,17 @@ class PairModel(nn.Module):
             **attention_inputs(batch, self._config, self.attention.kernel, self.head.weight.dtype),
         ).last_hidden_state
         predicting = hidden.reshape(-1, hidden.shape[-1])[batch.predict_index]
-        logps, entropy = self.head(predicting, batch.target_ids)
-        ones = torch.ones_like(logps)
-        return ResponseLogps(
-            *(sum_by_response(v, batch.response_index, batch.num_responses) for v in (logps, ones, entropy))
+        found: TokenLogps = self.head(predicting, batch.target_ids)
+        per_token = (
+            found.logps,
+            torch.ones_like(found.logps),
+            found.entropy,
+            found.logps.detach() - found.log_collision,
         )
+        logps, num_tokens, entropy, alignment = (
+            sum_by_response(values, batch.response_index, batch.num_responses) for values in per_token
+        )
+        return ResponseLogps(logps, num_tokens, entropy, alignment / num_tokens, found.logps)
 
 
 class LogpHead(nn.Module):
@@ -127,7 +135,7 @@ class LogpHead(nn.Module):
         super().__init__()
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
 
-    def forward(self, hidden: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, target_ids: Tensor) -> TokenLogps:
         return token_logps(hidden, self.weight, target_ids, bias=self.bias, scale=self.scale, softcap=self.softcap)
 
 

@@ -6,6 +6,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import unicodedata
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -42,6 +43,12 @@ class PreferencePair:
 
     chosen_score: float | None = None
     rejected_score: float | None = None
+
+    weight: float | None = None
+    """Weight of the pair in the loss, where the recipe asks for weights."""
+
+    margin: float | None = None
+    """By how much the chosen response is better, where the recipe asks for margins; else the gap of the scores."""
 
     group: str | None = None
     """What must stay on one side of the held-out split besides the prompt: a document, a debate."""
@@ -107,6 +114,8 @@ class TokenizedPair(NamedTuple):
     prompt_ids: Ids
     chosen_ids: Ids
     rejected_ids: Ids
+    weight: float = math.nan
+    margin: float = math.nan
 
     @property
     def num_tokens(self) -> int:

@@ -4,7 +4,7 @@ Runs before any process group exists and without Ray, so `--dry-run` and every c
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_ray.config import BatchConfig, RunConfig
@@ -12,10 +12,11 @@ from dpo_ray.data.batching import StepOrder, lengths_of, plan_step
 from dpo_ray.data.encode import PairEncoder, TokenFiles, TokenTable, encode_to_files
 from dpo_ray.data.mixture import load_pool
 from dpo_ray.errors import InputError
-from dpo_ray.losses import REFERENCE_FREE
+from dpo_ray.losses import loss_function
+from dpo_ray.memory import device_memory, memory_estimate, model_shape, settings_that_fit
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import ModelSource, end_token_ids, load_tokenizer, policy_source, read_config
-from dpo_ray.pairs import TokenizedPair
+from dpo_ray.pairs import PreferencePair, TokenizedPair
 from dpo_ray.stopping import check_metric
 from dpo_ray.storage import Folder, absolute
 
@@ -53,7 +54,7 @@ def resolve(run: RunConfig) -> RunConfig:
 
 def reference_source(run: RunConfig) -> ModelSource | None:
     """The frozen model of the loss: the named one, or the policy before training; None where the loss has none."""
-    if run.loss.kind in REFERENCE_FREE:
+    if "reference" not in loss_function(**run.loss.model_dump()).needs:
         return None
     if run.reference.path is None:
         return policy_source(run.model)
@@ -67,7 +68,7 @@ def check_recipe(run: RunConfig) -> None:
         InputError: Names the key.
     """
     if run.early_stopping is not None:
-        missing = {"kl"} if run.loss.kind in REFERENCE_FREE else set()
+        missing = {"kl"} if reference_source(run) is None else set()
         if run.loss.kind == "sft":
             missing |= {name for name in METRICS if name.startswith("rewards/")}
         check_metric(run.early_stopping.metric, [name for name in METRICS if name not in missing])
@@ -87,6 +88,7 @@ def prepare(run: RunConfig) -> Prepared:
     policy = policy_source(run.model)
     encoder = PairEncoder(load_tokenizer(policy), run.data, end_token_ids(policy))
     pool = load_pool(run.data, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
+    check_columns(run, [*pool.train, *pool.held_out])
     cache = Folder(run.storage.path) / ".tokens"
     train, encoded = encode_to_files(pool.train, encoder, cache, run.data.num_pairs)
     held_out, encoded_held_out = encode_to_files(pool.held_out, encoder, cache)
@@ -106,6 +108,20 @@ def prepare(run: RunConfig) -> Prepared:
         "fingerprint": data_fingerprint(train, held_out),
     }
     return Prepared(train, held_out, report, train_pairs, held_out_pairs)
+
+
+def check_columns(run: RunConfig, pairs: Sequence[PreferencePair]) -> None:
+    """Weights and margins that the loss reads must be there.
+
+    Raises:
+        InputError: Names the first pair without.
+    """
+    needs = loss_function(**run.loss.model_dump()).needs
+    for column, key in (("weight", "data_weights"), ("margin", "margin_weight")):
+        missing = next((pair for pair in pairs if getattr(pair, column) is None), None)
+        if column in needs and missing is not None:
+            wanted = "`weight`" if column == "weight" else "`margin`, and no scores"
+            raise InputError(f"`loss.{key}`: {missing.place} has no {wanted} that is a number of at least 0")
 
 
 def data_fingerprint(train: TokenFiles, held_out: TokenFiles) -> str:
@@ -148,8 +164,12 @@ def check_budget(batch: BatchConfig, table: TokenTable) -> None:
         )
 
 
-def describe_plan(run: RunConfig, prepared: Prepared) -> dict[str, Any]:
-    """What a run would do: pairs, steps, tokens, passes of the first step, memory."""
+def describe_plan(run: RunConfig, prepared: Prepared, device_gib: float | None = None) -> dict[str, Any]:
+    """What a run would do: pairs, steps, tokens, passes of the first step, memory.
+
+    Args:
+        device_gib: Memory of the device that a worker will have; None: as on this machine.
+    """
     order = step_order(run, prepared.train.num_pairs)
     first = [prepared.train_pairs[number] for number in order.pairs_of(1)]
     plan = plan_step(
@@ -168,7 +188,23 @@ def describe_plan(run: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "workers": run.cluster.num_workers,
         "forward_passes_per_step": len(plan),
         **token_report(prepared.train_pairs),
-        "memory": memory_estimate(run),
+        "memory": _memory(run, device_gib),
+    }
+
+
+def _memory(run: RunConfig, device_gib: float | None) -> dict[str, Any]:
+    """The estimate, the device's, and what would make it fit where it does not."""
+    shape = model_shape(run)
+    found, name = device_memory(run.cluster.num_workers) if device_gib is None else (device_gib, "given")
+    estimate = memory_estimate(run, shape)
+    told = {**estimate, "device_gib": round(found, 3), "device": name, "fits": estimate["gib_per_worker"] <= found}
+    if told["fits"]:
+        return told
+    settings = settings_that_fit(run, shape, found)
+    return told | {
+        "would_fit_with": "none of the settings here: more workers, or a smaller model"
+        if settings is None
+        else settings
     }
 
 
@@ -181,48 +217,6 @@ def step_order(run: RunConfig, num_pairs: int) -> StepOrder:
         epochs=run.train.epochs,
         max_steps=run.train.max_steps,
     )
-
-
-def memory_estimate(run: RunConfig) -> dict[str, Any]:
-    """GiB of one worker at its peak, from shapes alone: weights, gradients, optimizer, activations.
-
-    Adam keeps two fp32 moments, and mixed precision an fp32 copy of the weights; ZeRO-1 shards these, ZeRO-2 also the
-    gradients, ZeRO-3 also the weights (Rajbhandari et al. 2020, arXiv:1910.02054, section 3). Activations: the inputs
-    of some 16 operations a layer, or of the layer alone with checkpointing.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(policy_source(run.model))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    total = sum(p.numel() for p in model.parameters())
-    trained = total if run.model.lora is None else _lora_parameters(model, run.model.lora.rank)
-    workers, stage = run.cluster.num_workers, run.engine.zero_stage
-    size = 4 if run.engine.precision == "fp32" else 2
-    weights = total * size / (workers if stage == 3 else 1)
-    gradients = trained * size / (workers if stage >= 2 else 1)
-    optimizer = trained * (8 if size == 4 else 12) / (workers if stage >= 1 else 1)
-    kept = (
-        2
-        if run.engine.activation_checkpointing
-        else 16 + 4 * config.num_attention_heads * run.batch.row_tokens / config.hidden_size
-    )
-    activations = run.batch.tokens_per_device * config.hidden_size * size * config.num_hidden_layers * kept
-    parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations}
-    if run.engine.offload_optimizer:
-        parts["optimizer"] = 0.0
-    gib = {name: round(value / 2**30, 3) for name, value in parts.items()}
-    return {"parameters": total, "trained_parameters": trained, "gib_per_worker": round(sum(gib.values()), 3), **gib}
-
-
-def _lora_parameters(model: Any, rank: int) -> int:
-    """Parameters of rank-r adapters on every linear layer but the output layer."""
-    import torch
-
-    output = model.get_output_embeddings()
-    layers = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not output)
-    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 RESUMABLE = ("storage", "eval", "early_stopping", "checkpoint", "cluster", "tracking")

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +19,16 @@ import torch
 
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import Lengths, make_batch, plan_step
+from dpo_ray.logps import tail_sums
 from dpo_ray.losses import PairLogps
-from dpo_ray.models import ModelSource, PairModel, load_language_model, usable_layout, weights_fingerprint
+from dpo_ray.models import (
+    ModelSource,
+    PairModel,
+    ResponseLogps,
+    load_language_model,
+    usable_layout,
+    weights_fingerprint,
+)
 from dpo_ray.pairs import Ids, PromptBranches, TokenizedPair
 from dpo_ray.storage import Folder
 
@@ -30,12 +38,18 @@ PROMPTS_PER_PART = 512
 """Prompts of one call of a scorer, and so of one file; a pass that is broken off loses at most this much per actor."""
 
 
+STORE_VERSION = 2
+"""Part of the path; raise it when the columns change."""
+
+
 class ResponseValue(NamedTuple):
     """What the store keeps of a response, under one model."""
 
     logps: float  # summed log p(response | prompt), nats
     num_tokens: int
     entropy: float  # summed entropy of the next-token distributions, nats
+    alignment: float  # mean of log p(token) - log sum of p^2 over the vocabulary, nats
+    token_logps: Sequence[float] | None = None  # of each token, where a loss has asked for it
 
 
 def response_key(prompt_ids: Ids, response_ids: Ids) -> bytes:
@@ -57,23 +71,30 @@ class ReferenceStore:
 
     @property
     def _folder(self) -> Folder:
-        return Folder(self.root) / f"{self.fingerprint}-{self.precision}"
+        return Folder(self.root) / f"{self.fingerprint}-{self.precision}-{STORE_VERSION}"
 
     @property
     def path(self) -> str:
         return self._folder.path
 
-    def read(self, wanted: Iterable[bytes]) -> dict[bytes, ResponseValue]:
-        """Those of the wanted values that are there."""
+    def read(self, wanted: Iterable[bytes], *, per_token: bool = False) -> dict[bytes, ResponseValue]:
+        """Those of the wanted values that are there.
+
+        Args:
+            per_token: Only those that have `token_logps`, and with them.
+        """
         keys = pa.array(list(wanted), pa.binary(16))
         found: dict[bytes, ResponseValue] = {}
+        columns = ResponseValue._fields if per_token else ResponseValue._fields[:-1]
         for name in self._folder.names():
             if not name.endswith(".parquet"):
                 continue
-            table = pq.read_table(pa.BufferReader(self._folder.read(name)))
-            columns = table.filter(pc.is_in(table.column("key"), value_set=keys)).to_pydict()
-            rows = zip(columns["logps"], columns["num_tokens"], columns["entropy"], strict=True)
-            found |= {key: ResponseValue(*row) for key, row in zip(columns["key"], rows, strict=True)}
+            table = pq.read_table(pa.BufferReader(self._folder.read(name)), columns=["key", *columns])
+            table = table.filter(pc.is_in(table.column("key"), value_set=keys))
+            if per_token:
+                table = table.filter(pc.is_valid(table.column("token_logps")))
+            rows = zip(*(table.column(column).to_pylist() for column in columns), strict=True)
+            found |= {key: ResponseValue(*row) for key, row in zip(table.column("key").to_pylist(), rows, strict=True)}
         return found
 
     def write(self, values: dict[bytes, ResponseValue]) -> None:
@@ -85,11 +106,14 @@ class ReferenceStore:
                 "logps": pa.array([values[key].logps for key in keys], pa.float64()),
                 "num_tokens": pa.array([values[key].num_tokens for key in keys], pa.int32()),
                 "entropy": pa.array([values[key].entropy for key in keys], pa.float64()),
+                "alignment": pa.array([values[key].alignment for key in keys], pa.float64()),
+                "token_logps": pa.array([values[key].token_logps for key in keys], pa.list_(pa.float32())),
             }
         )
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        name = hashlib.blake2b(b"".join(keys), digest_size=16).hexdigest()
+        with_tokens = [values[key].token_logps is not None for key in keys]
+        name = hashlib.blake2b(b"".join(keys) + bytes(with_tokens), digest_size=16).hexdigest()
         self._folder.write(f"part-{name}.parquet", bytes(sink.getvalue()))
 
 
@@ -99,7 +123,10 @@ class ResponseScorer:
     A plain class: tests call it directly, and Ray Data runs it as a pool of actors, each loading the model once.
     """
 
-    def __init__(self, model: ModelSource, precision: str, batch: BatchConfig, store: ReferenceStore) -> None:
+    def __init__(
+        self, model: ModelSource, precision: str, batch: BatchConfig, store: ReferenceStore, per_token: bool = False
+    ) -> None:
+        self._per_token = per_token
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = PairModel(load_language_model(model, precision)).to(self._device).eval()
         layout = usable_layout(lambda b: self._model(b.to(self._device)), self._model, batch.layout, precision)
@@ -120,9 +147,16 @@ class ResponseScorer:
         for (micro_batch,) in plan:
             result = self._model(make_batch(items, micro_batch.rows, self._batch.layout).to(self._device))
             keys = (response_key(items[i].prompt_ids, r) for i in micro_batch.items for r in items[i].responses)
-            columns = zip(result.logps.tolist(), result.num_tokens.tolist(), result.entropy.tolist(), strict=True)
-            values |= {key: ResponseValue(a, int(b), c) for key, (a, b, c) in zip(keys, columns, strict=True)}
+            sums = zip(*(v.tolist() for v in result[:4]), self._by_response(result), strict=True)
+            values |= {key: ResponseValue(a, int(b), *rest) for key, (a, b, *rest) in zip(keys, sums, strict=True)}
         return values
+
+    def _by_response(self, result: ResponseLogps) -> list[Any]:
+        """The log-probs of each response's tokens, where they are asked for."""
+        if not self._per_token:
+            return [None] * len(result.num_tokens)
+        values, ends = result.token_logps.tolist(), result.num_tokens.cumsum(0).int().tolist()
+        return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Score a block of prompts, store the values, and return only how many there were."""
@@ -150,22 +184,19 @@ def fill(
     run: RunConfig,
     *,
     gpus_per_actor: float,
+    per_token: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pass:
     """Score all responses of `pairs` under `model`: what the store has not is computed on a pool of Ray Data actors.
 
     Args:
         run: A resolved recipe; store, precision, batch and cluster are read.
+        per_token: The log-probs of single tokens are needed too.
     """
     store = ReferenceStore(str(run.reference.store), weights_fingerprint(model), run.engine.precision)
-    wanted: dict[bytes, tuple[Ids, Ids]] = {}
-    for pair in pairs:
-        for response in (pair.chosen_ids, pair.rejected_ids):
-            wanted[response_key(pair.prompt_ids, response)] = (pair.prompt_ids, response)
-    there = store.read(wanted)
-    missing = [value for key, value in wanted.items() if key not in there]
+    missing, num_there = missing_responses(pairs, store, per_token=per_token)
     if not missing:
-        return Pass(store, 0, len(wanted))
+        return Pass(store, 0, num_there)
 
     blocks = _blocks(missing, run.cluster.num_workers)
     import ray.data
@@ -175,7 +206,7 @@ def fill(
     done = 0
     scored = ray.data.from_arrow(blocks).map_batches(
         ResponseScorer,
-        fn_constructor_args=(model, run.engine.precision, run.batch, store),
+        fn_constructor_args=(model, run.engine.precision, run.batch, store, per_token),
         batch_format="pyarrow",
         batch_size=None,  # a block is a call: one part of the store
         compute=ray.data.ActorPoolStrategy(size=min(run.cluster.num_workers, len(blocks))),
@@ -185,7 +216,19 @@ def fill(
     for row in scored.iter_rows():
         done += row["computed"]
         on_progress(done, len(missing))
-    return Pass(store, done, len(there))
+    return Pass(store, done, num_there)
+
+
+def missing_responses(
+    pairs: Iterable[TokenizedPair], store: ReferenceStore, *, per_token: bool = False
+) -> tuple[list[tuple[Ids, Ids]], int]:
+    """Prompt and response of each that the store has not, and how many it has; each response once."""
+    wanted: dict[bytes, tuple[Ids, Ids]] = {}
+    for pair in pairs:
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            wanted[response_key(pair.prompt_ids, response)] = (pair.prompt_ids, response)
+    there = store.read(wanted, per_token=per_token)
+    return [value for key, value in wanted.items() if key not in there], len(there)
 
 
 def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Table]:
@@ -211,19 +254,27 @@ def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Tabl
 class ReferenceTable:
     """The stored values of some pairs, ready for training: looked up once, read by number."""
 
-    def __init__(self, store: ReferenceStore, pairs: Sequence[TokenizedPair]) -> None:
+    def __init__(self, store: ReferenceStore, pairs: Sequence[TokenizedPair], *, tails: bool = False) -> None:
         keys = [
             response_key(pair.prompt_ids, response)
             for pair in pairs
             for response in (pair.chosen_ids, pair.rejected_ids)
         ]
-        values = store.read(set(keys))
-        table = np.array([values[key] for key in keys], np.float64).reshape(-1, 2, len(ResponseValue._fields))
-        self._logps, self._num_tokens = table[:, :, 0], table[:, :, 1]
-        self.entropy = float(table[:, :, 2].sum())
+        values = store.read(set(keys), per_token=tails)
+        table = torch.tensor([values[key][:4] for key in keys], dtype=torch.float64).reshape(-1, 4)
+        logps, num_tokens, entropy, alignment = table.unbind(1)
+        columns = [logps, num_tokens]
+        if tails:
+            token_logps = torch.tensor([logp for key in keys for logp in values[key].token_logps or ()])
+            owners = torch.arange(len(keys)).repeat_interleave(num_tokens.long())
+            columns.append(tail_sums(token_logps, owners, num_tokens))
+        self._sides = torch.stack(columns).view(len(columns), -1, 2)
+        self.entropy = float(entropy.sum())
         """Summed over all response tokens, nats."""
+        self.alignment = alignment.view(-1, 2).sum(1).exp()
+        """[B], WPO's weight of each pair under this model."""
 
     def logps(self, numbers: Sequence[int], device: torch.device | str = "cpu") -> PairLogps:
         """`ref_chosen_logps`, `ref_rejected_logps` of pairs, [B] each."""
-        logps, num_tokens = (torch.from_numpy(a[list(numbers)]).to(device) for a in (self._logps, self._num_tokens))
-        return PairLogps(logps[:, 0], logps[:, 1], num_tokens[:, 0], num_tokens[:, 1])
+        logps, num_tokens, *tails = self._sides[:, list(numbers)].to(device).unbind()
+        return PairLogps(*logps.unbind(1), *num_tokens.unbind(1), *(side for tail in tails for side in tail.unbind(1)))

@@ -10,7 +10,8 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,19 @@ from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
 from dpo_ray.data.encode import TokenFiles, TokenTable
 from dpo_ray.engine import ZeroEngine, sharded_loading
 from dpo_ray.errors import RunFailed
-from dpo_ray.losses import LossFunction, PairLogps, loss_function
+from dpo_ray.logps import tail_sums
+from dpo_ray.losses import Loss, PairLogps, PairTerms, loss_function, match_gaps
 from dpo_ray.metrics import MetricSums, held_out_names, means, means_with_interval, pair_sums
-from dpo_ray.models import copy_generation_settings, export, load_policy, load_tokenizer, policy_source, usable_layout
-from dpo_ray.pairs import TokenizedPair
+from dpo_ray.models import (
+    ResponseLogps,
+    copy_generation_settings,
+    export,
+    load_policy,
+    load_tokenizer,
+    policy_source,
+    usable_layout,
+)
+from dpo_ray.pairs import PairBatch, TokenizedPair
 from dpo_ray.prepare import step_order
 from dpo_ray.reference import ReferenceStore, ReferenceTable
 from dpo_ray.stopping import Evaluation, best_evaluation, decide, overtraining
@@ -63,8 +73,9 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     with sharded_loading(run.engine, run.optim):
         model = load_policy(run.model, run.engine.precision, run.train.seed)
     worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size)
-    train = PairSet(job.train_pairs, job.reference, worker.batch)
-    evaluation = PairSet(job.held_out_pairs, job.reference, worker.batch)
+    tails = "tails" in worker.loss.needs
+    train = PairSet(job.train_pairs, job.reference, worker.batch, tails)
+    evaluation = PairSet(job.held_out_pairs, job.reference, worker.batch, tails)
 
     torch.manual_seed(run.train.seed + rank)
     state = restore(worker.engine, rank, world_size)
@@ -78,11 +89,12 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     while state.step < order.num_steps and state.stop_reason is None:
         began = time.perf_counter()
         step = state.step + 1
-        sums = worker.step(train, order.pairs_of(step), step)
-        state.add_step(sums, time.perf_counter() - began)
         is_last = step == order.num_steps
+        is_logged = step == 1 or step % run.train.log_every_steps == 0 or is_last
+        sums = worker.step(train, order.pairs_of(step), step, is_timed=is_logged and step > 1)
+        state.add_step(sums, time.perf_counter() - began)
 
-        if step == 1 or step % run.train.log_every_steps == 0 or is_last:
+        if is_logged:
             line = means(state.since_log) | worker.last_step
             state.train_lines.append(Evaluation(step, line))
             state.since_log = {}
@@ -115,6 +127,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         "resumed_from_step": resumed_from,
         "peak_memory_gib": worker.peak_memory_gib(),
         "overflowed_steps": worker.engine.overflowed_steps,
+        "time_split": worker.times.shares(),
         "pairs_seen": order.pairs_before(state.step),
         "num_steps": order.num_steps,
     }
@@ -123,9 +136,11 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
 class PairSet:
     """Tokenised pairs with their reference log-probs, cut into micro-batches on demand."""
 
-    def __init__(self, files: TokenFiles, reference: ReferenceStore | None, batch: BatchConfig) -> None:
+    def __init__(
+        self, files: TokenFiles, reference: ReferenceStore | None, batch: BatchConfig, tails: bool = False
+    ) -> None:
         self.pairs: TokenTable = files.open()
-        self.reference = None if reference is None else ReferenceTable(reference, self.pairs)
+        self.reference = None if reference is None else ReferenceTable(reference, self.pairs, tails=tails)
         self._batch = batch
 
     def plan(self, numbers: Sequence[int], num_workers: int) -> tuple[list[TokenizedPair], list[list[MicroBatch]]]:
@@ -147,25 +162,33 @@ class Worker:
     def __init__(self, engine: ZeroEngine, run: RunConfig, rank: int, world_size: int) -> None:
         self.engine, self.rank, self.world_size = engine, rank, world_size
         self.last_step: dict[str, float] = {}
+        self.times = StepTimes(engine)
         self._run = run
         layout = usable_layout(engine, engine.model, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
-        self._loss: LossFunction = loss_function(**run.loss.model_dump())
+        self.loss = loss_function(**run.loss.model_dump())
         self._folder, self._polled = Folder(run.folder), 0.0
 
-    def step(self, pair_set: PairSet, numbers: Sequence[int], step: int) -> dict[str, float]:
+    def step(self, pair_set: PairSet, numbers: Sequence[int], step: int, *, is_timed: bool = False) -> dict[str, float]:
         """One optimizer step on the pairs `numbers`: the exact mean gradient over them. Returns reduced sums.
+
+        Args:
+            is_timed: Take this step's times apart into `times`; all ranks must agree.
 
         Raises:
             RunFailed: Loss or gradient is not finite; nothing of this step is saved, its pairs are written to
                 `bad_step.json`. An overflow that the fp16 loss scaler handles is no such case.
         """
         self.engine.train(True)
+        self.times.begin(is_timed)
         sums = self._pass(pair_set, numbers, divide_by=len(numbers))
         sums.add({"stop_requested": self._stop_requested()})
-        reduced = sums.reduced()
+        with self.times.of("communication"):
+            reduced = sums.reduced()
         self._require_finite("loss", reduced["loss"], pair_set, numbers, step)
-        self.last_step = self.engine.step(step)
+        with self.times.of("optimizer"):
+            self.last_step = self.engine.step(step)
+        self.times.begin(False)
         if self._run.engine.precision != "fp16":
             self._require_finite("gradient", self.last_step["grad_norm"], pair_set, numbers, step)
         return reduced
@@ -184,25 +207,34 @@ class Worker:
         with torch.no_grad():
             return self._pass(pair_set, range(len(pair_set.pairs)), divide_by=None).reduced()
 
-    def _pass(self, pair_set: PairSet, numbers: Sequence[int], divide_by: int | None) -> MetricSums:
+    def _pass(
+        self, pair_set: PairSet, numbers: Sequence[int], divide_by: int | None, loss_of: Loss | None = None
+    ) -> MetricSums:
         """Forward (and backward, where the loss is divided) over this rank's micro-batches."""
-        pairs, plan = pair_set.plan(numbers, self.world_size)
-        branches = [pair.branches for pair in pairs]
+        loss_of = loss_of or self.loss
+        with self.times.of("data"):
+            pairs, plan = pair_set.plan(numbers, self.world_size)
         device, sums = self.engine.device, MetricSums()
+        matched = None
+        if "matched_gap" in loss_of.needs:
+            matched = self._matched_gaps(pair_set, numbers, pairs, [ranks[self.rank] for ranks in plan])
         for m, ranks in enumerate(plan):
             mine = ranks[self.rank]
-            batch = make_batch(branches, mine.rows, self.batch.layout)
-            responses = self.engine(batch)
-            policy = PairLogps(
-                responses.logps[0::2], responses.logps[1::2], responses.num_tokens[0::2], responses.num_tokens[1::2]
-            )
+            batch, responses, policy = self._forward(pairs, mine, tails="tails" in loss_of.needs)
             reference = None
             if pair_set.reference is not None:
                 reference = pair_set.reference.logps([numbers[i] for i in mine.items], device)
-            loss = self._loss(policy, reference)
+            terms = PairTerms(
+                weight=torch.tensor([pairs[i].weight for i in mine.items], device=device),
+                margin=torch.tensor([pairs[i].margin for i in mine.items], device=device),
+                alignment=responses.alignment.view(-1, 2).sum(1).exp(),
+                matched_gap=None if matched is None else matched[mine.items],
+            )
+            loss = loss_of(policy, reference, terms)
             weights = torch.full_like(policy.chosen.detach(), float(mine.counts))
             if divide_by is not None:
-                self.engine.backward((loss.loss * weights).sum() / divide_by, is_last=m == len(plan) - 1)
+                with self.times.of("backward"):
+                    self.engine.backward((loss.loss * weights).sum() / divide_by, is_last=m == len(plan) - 1)
             counted = float(mine.counts)
             sums.add(pair_sums(policy, reference, loss, weights))
             sums.add(
@@ -215,10 +247,38 @@ class Worker:
             )
         return sums
 
+    def _forward(
+        self, pairs: Sequence[TokenizedPair], mine: MicroBatch, *, tails: bool
+    ) -> tuple[PairBatch, ResponseLogps, PairLogps]:
+        """A micro-batch, what the policy says of its responses, and the same by pair."""
+        with self.times.of("data"):
+            batch = make_batch([pair.branches for pair in pairs], mine.rows, self.batch.layout)
+        with self.times.of("forward"):
+            responses = self.engine(batch)
+        columns = [responses.logps, responses.num_tokens]
+        if tails:
+            index = batch.response_index.to(self.engine.device)
+            columns.append(tail_sums(responses.token_logps, index, responses.num_tokens))
+        return batch, responses, PairLogps(*(side for column in columns for side in (column[0::2], column[1::2])))
+
+    @torch.no_grad()
+    def _matched_gaps(
+        self, pair_set: PairSet, numbers: Sequence[int], pairs: Sequence[TokenizedPair], mine: Sequence[MicroBatch]
+    ) -> torch.Tensor:
+        """`match_gaps` over all pairs of the pass: a forward pass of its own, since a rank needs all others' pairs."""
+        assert pair_set.reference is not None
+        gaps = torch.zeros(len(pairs), dtype=torch.float64, device=self.engine.device)
+        for micro_batch in mine:
+            policy = self._forward(pairs, micro_batch, tails=False)[2]
+            if micro_batch.counts:
+                gaps[micro_batch.items] = policy.gap
+        torch.distributed.all_reduce(gaps)
+        return match_gaps(gaps, pair_set.reference.logps(numbers, self.engine.device).gap)
+
     def self_check(self, pair_set: PairSet, numbers: Sequence[int], reference_is_start: bool) -> None:
         """Refuse to train when the policy, before step 1, does not give its stored reference log-probs.
 
-        The loss must then be what it is of the reference against itself: ln 2 for DPO.
+        Whatever the recipe's loss, that of DPO must then be ln 2.
 
         Raises:
             RunFailed: Says by how much it differs.
@@ -226,16 +286,14 @@ class Worker:
         lora = self._run.model.lora
         if pair_set.reference is None or not reference_is_start or (lora is not None and lora.dropout > 0):
             return
-        same = pair_set.reference.logps(numbers)
-        expected = float(self._loss(same, same).loss.mean())
         self.engine.train(False)
         with torch.no_grad():
-            reduced = self._pass(pair_set, numbers, divide_by=None).reduced()
+            reduced = self._pass(pair_set, numbers, divide_by=None, loss_of=loss_function("dpo", beta=0.1)).reduced()
         loss, margin = (reduced[name] / reduced["num_pairs"] for name in ("loss", "rewards/margins"))
         tolerance = 1e-4 if self._run.engine.precision == "fp32" else 5e-2
-        if abs(loss - expected) > tolerance * max(1.0, abs(expected)):
+        if abs(loss - math.log(2)) > tolerance:
             raise RunFailed(
-                f"self-check: policy and reference differ before step 1: loss {loss:.6f} instead of {expected:.6f}, "
+                f"self-check: policy and reference differ before step 1: DPO's loss is {loss:.6f}, not ln 2, "
                 f"mean reward margin {margin:.4g} over {len(numbers)} pairs; "
                 f"is {self._run.reference.store} of this model?"
             )
@@ -256,6 +314,45 @@ class Worker:
         value = torch.tensor(peak / 2**30, dtype=torch.float64, device=self.engine.device)
         torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return float(value)
+
+
+class StepTimes:
+    """Where the time of a step goes, seen on some steps: a GPU then waits at every boundary, and collectives do not
+    overlap with computation, so the times of a parallel run add up to more than its steps take."""
+
+    def __init__(self, engine: ZeroEngine) -> None:
+        self._engine, self._is_on = engine, False
+        self._seconds: dict[str, float] = {}
+
+    def begin(self, is_timed: bool) -> None:
+        """From here on, until the next call, `of` counts or does not."""
+        if is_timed != self._is_on:
+            self._engine.measure_communication(is_timed)
+        self._is_on = is_timed
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Count what happens inside to `part`, but ZeRO's collectives in it to `communication`."""
+        if not self._is_on:
+            yield
+            return
+        began, before = self._now(), self._engine.communication_seconds()
+        yield
+        communication = self._engine.communication_seconds() - before
+        spent = {part: self._now() - began - communication}
+        spent["communication"] = spent.get("communication", 0.0) + communication
+        for name, seconds in spent.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def shares(self) -> dict[str, float]:
+        """Part -> share of the time of the steps that were seen; empty if none was."""
+        total = sum(self._seconds.values())
+        return {name: round(seconds / total, 4) for name, seconds in self._seconds.items()}
+
+    def _now(self) -> float:
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+        return time.perf_counter()
 
 
 class RunLog:

@@ -93,10 +93,10 @@ def plan_step(
 ) -> list[list[MicroBatch]]:
     """Micro-batches of a step: `plan[m][rank]`; every rank has as many.
 
-    Rows are packed by best-fit decreasing; rows of like width share a micro-batch, and micro-batches of like cost run
-    at the same time, so that little is padding and ranks that wait for each other have about the same work. Of some
-    row widths, the cheapest is taken; in one row nothing is padding. No micro-batch has more than `tokens_per_device`
-    places.
+    Rows are packed by best-fit decreasing and levelled; rows of like width share a micro-batch, and micro-batches of
+    like cost run at the same time, so that little is padding and ranks that wait for each other have about the same
+    work. Of some row widths, the cheapest is taken; in one row nothing is padding. No micro-batch has more than
+    `tokens_per_device` places.
 
     Raises:
         ValueError: One item alone is larger than `tokens_per_device`.
@@ -112,7 +112,8 @@ def plan_step(
             for most in (share, math.ceil(share / 2))
         }
         candidates = [
-            [_Unit(sum(sizes[i] for i in row), 1, row) for row in pack_rows(sizes, width)] for width in sorted(widths)
+            [_Unit(sum(sizes[i] for i in row), 1, row) for row in level_rows(pack_rows(sizes, width), sizes)]
+            for width in sorted(widths)
         ]
     else:
         candidates = [[_Unit(item.padded, len(item.responses), [i]) for i, item in enumerate(lengths)]]
@@ -164,6 +165,41 @@ def pack_rows(sizes: Sequence[int], capacity: int) -> list[Row]:
         if left > 0:
             bisect.insort(free, (left, row))
     return rows
+
+
+def level_rows(rows: Sequence[Row], sizes: Sequence[int]) -> list[Row]:
+    """The same items in as many rows: items of wide rows go to narrow ones, or change places with smaller items there,
+    while that makes the wider of the two narrower.
+
+    Rows that share a micro-batch are padded to the widest: best-fit decreasing alone leaves its last row half empty.
+    """
+    rows = [list(row) for row in rows]
+    by_width = sorted((sum(sizes[i] for i in row), r) for r, row in enumerate(rows))
+    while by_width:
+        wide_width, wide = by_width.pop()
+        moves = []
+        for place, (width, narrow) in enumerate(by_width[:NARROW_ROWS]):
+            for item in rows[wide]:
+                for other in (None, *rows[narrow]):
+                    moved = sizes[item] - (0 if other is None else sizes[other])
+                    if 0 < moved < wide_width - width:
+                        moves.append((max(wide_width - moved, width + moved), place, item, other))
+        if not moves:
+            continue
+        _, place, item, other = min(moves, key=lambda move: move[:3])
+        _, narrow = by_width.pop(place)
+        rows[wide].remove(item)
+        rows[narrow].append(item)
+        if other is not None:
+            rows[narrow].remove(other)
+            rows[wide].append(other)
+        for row in (wide, narrow):
+            bisect.insort(by_width, (sum(sizes[i] for i in rows[row]), row))
+    return [row for row in rows if row]
+
+
+NARROW_ROWS = 8
+"""How many of the narrowest rows a wide one looks at: enough to find a good exchange, few enough for long lists."""
 
 
 class _Unit(NamedTuple):

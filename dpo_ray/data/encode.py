@@ -6,6 +6,7 @@ merge crosses the border. A pair that cannot be encoded is counted with its reas
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections import Counter
@@ -27,7 +28,7 @@ from dpo_ray.storage import Folder
 PAIRS_PER_PART = 1024
 """Pairs of one cache file. Subsets are prefixes of one order, so runs of different data sizes share files."""
 
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 """Part of the cache key; raise it when the same text gives other ids."""
 
 
@@ -94,7 +95,9 @@ class PairEncoder:
                 continue
             if truncated:
                 part.truncated[truncated] += 1
-            part.pairs.append(TokenizedPair(pair.pair_id, *(np.asarray(side, np.int32) for side in fitted)))
+            prompt_ids, chosen_ids, rejected_ids = (np.asarray(side, np.int32) for side in fitted)
+            weight, margin = (math.nan if number is None else number for number in (pair.weight, pair.margin))
+            part.pairs.append(TokenizedPair(pair.pair_id, prompt_ids, chosen_ids, rejected_ids, weight, margin))
         return part
 
     def _render(self, pair: PreferencePair) -> "_Rendered":
@@ -267,7 +270,7 @@ def encode_to_files(
 
 def _block_key(encoder: PairEncoder, block: Sequence[PreferencePair]) -> str:
     """Hash of the encoding and of the exact texts: pairs of one id may differ in blanks, which are tokens too."""
-    exact = [[p.pair_id, p.prompt, p.chosen, p.rejected, p.tools, p.is_transcript] for p in block]
+    exact = [[p.pair_id, p.prompt, p.chosen, p.rejected, p.tools, p.is_transcript, p.weight, p.margin] for p in block]
     content = json.dumps([encoder.fingerprint, exact], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -292,6 +295,9 @@ def _to_arrow(part: EncodedPart) -> bytes:
     columns = {
         name: pa.array([getattr(pair, name) for pair in part.pairs], pa.list_(pa.int32()))
         for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    }
+    columns |= {
+        name: pa.array([getattr(pair, name) for pair in part.pairs], pa.float64()) for name in ("weight", "margin")
     }
     table = pa.table({"pair_id": pa.array([pair.pair_id for pair in part.pairs], pa.string()), **columns})
     table = table.replace_schema_metadata({"counts": json.dumps(_counts(part))})
@@ -327,7 +333,9 @@ class _Chunk:
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             column = batch.column(name)
             self._columns.append((column.offsets.to_numpy(), column.values.to_numpy()))
+        self._numbers = [batch.column(name).to_numpy() for name in ("weight", "margin")]
 
     def pair(self, index: int) -> TokenizedPair:
-        sides = (values[offsets[index] : offsets[index + 1]] for offsets, values in self._columns)
-        return TokenizedPair(self.pair_ids[index].as_py(), *sides)
+        prompt, chosen, rejected = (values[offsets[index] : offsets[index + 1]] for offsets, values in self._columns)
+        weight, margin = (float(column[index]) for column in self._numbers)
+        return TokenizedPair(self.pair_ids[index].as_py(), prompt, chosen, rejected, weight, margin)

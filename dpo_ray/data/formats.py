@@ -72,8 +72,19 @@ def to_pairs(row: Row, source: SourceConfig) -> Parsed:
     group = None if source.group_by is None else str(_need(row.value, source.group_by))
     tools = _tools(row.value.get("tools"))
     judged = list(parse(row.value, source))
+    weight, margin = (_optional_number(row.value.get(name)) for name in ("weight", "margin"))
     pairs = [
-        PreferencePair(**j._asdict(), tools=tools, group=group, source=row.source, row=row.number) for j in judged if j
+        PreferencePair(
+            **j._asdict(),
+            weight=weight,
+            margin=_score_gap(j) if margin is None else margin,
+            tools=tools,
+            group=group,
+            source=row.source,
+            row=row.number,
+        )
+        for j in judged
+        if j
     ]
     try:
         _ = [(pair.pair_id, pair.group_id) for pair in pairs]
@@ -338,6 +349,18 @@ def _by_margin(judged: Judged, high: float, low: float, source: SourceConfig) ->
     if high == low or high - low < source.min_margin:
         return None
     return judged._replace(chosen_score=high, rejected_score=low)
+
+
+def _score_gap(judged: Judged) -> float | None:
+    if judged.chosen_score is None or judged.rejected_score is None:
+        return None
+    return judged.chosen_score - judged.rejected_score
+
+
+def _optional_number(value: Any) -> float | None:
+    """The number, if it is a finite one that is not negative; other columns of the name are not ours."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) and value >= 0 else None
 
 
 def _prompt(value: Value) -> Any:

@@ -6,7 +6,6 @@ A wrong mask raises nothing, so every kind of architecture is tried: grouped hea
 biases, capped and scaled logits. Weights are large, so that a token too many, or one too few, shows.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,62 +18,9 @@ from torch import Tensor
 from dpo_ray.attention import Attention, Kernel
 from dpo_ray.data.batching import Layout, Row, make_batch
 from dpo_ray.errors import InputError
-from dpo_ray.models import PairModel
+from dpo_ray.models import PairModel, usable_layout
 from dpo_ray.pairs import PromptBranches
-
-VOCABULARY = 64
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GROUPED: dict[str, Any] = SIZES | {"num_key_value_heads": 2}
-WINDOW = 6
-
-ARCHITECTURES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**GROUPED),
-    "llama with tied weights": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
-    "qwen2 (biases)": lambda: transformers.Qwen2Config(**GROUPED),
-    "qwen2 with a window in its upper layer": lambda: transformers.Qwen2Config(
-        **GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
-    ),
-    "qwen3 (normed heads)": lambda: transformers.Qwen3Config(**GROUPED, head_dim=8),
-    "mistral with a window": lambda: transformers.MistralConfig(**GROUPED, sliding_window=WINDOW),
-    "gpt2 (learnt positions)": lambda: transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3
-    ),
-    "gemma2 (windows, capped logits)": lambda: transformers.Gemma2Config(
-        **GROUPED, head_dim=8, sliding_window=WINDOW, final_logit_softcapping=5.0
-    ),
-    "gemma3 (windows)": lambda: transformers.Gemma3TextConfig(
-        **GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
-    ),
-    "granite (divided logits)": lambda: transformers.GraniteConfig(**GROUPED, logits_scaling=8.0),
-    "cohere (scaled logits)": lambda: transformers.CohereConfig(**GROUPED, logit_scale=0.25),
-    "phi (bias in the head)": lambda: transformers.PhiConfig(**SIZES),
-    "gpt neo-x": lambda: transformers.GPTNeoXConfig(**SIZES),
-}
-
-
-def items_of(vocabulary: int = VOCABULARY) -> list[PromptBranches]:
-    """Prompts and responses of many lengths: one token, longer than a window, one response or three."""
-    generator = np.random.default_rng(0)
-    lengths = [(5, (3, 7)), (1, (1, 9)), (12, (10, 2)), (3, (4,)), (9, (1, 5, 12))]
-    return [
-        PromptBranches(
-            generator.integers(3, vocabulary, prompt).astype(np.int32),
-            tuple(generator.integers(3, vocabulary, n).astype(np.int32) for n in responses),
-        )
-        for prompt, responses in lengths
-    ]
-
+from tests.numerics.architectures import ARCHITECTURES, SUPPORTED, VOCABULARY, build, items_of, plain
 
 PACKED: list[Row] = [[2, 0, 1], [4, 3]]
 """Items by row."""
@@ -85,28 +31,12 @@ WAYS: list[tuple[Layout, Kernel]] = [
     ("branches", "spans"),  # with padding
     ("one_row", "spans"),
 ]
-CAPPED = "gemma2 (windows, capped logits)"
-"""Its attention scores are capped, too, which the CPU's kernel cannot do."""
+MASKED = ("gemma2 (windows, capped logits)", "gpt-oss (experts, sinks, windows)")
+"""Capped scores and sinks are beyond the CPU's kernel."""
 
 
-def build(name: str) -> Any:
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval()
-    for parameter in model.parameters():  # biases and norms are not left at 0 and 1
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def plain(model: Any, items: list[PromptBranches]) -> Tensor:
-    """Each response by a forward of its own behind its prompt, as anybody would write it."""
-    result = []
-    for item in (items[i] for row in PACKED for i in row):
-        for response in item.responses:
-            ids = torch.from_numpy(np.concatenate((item.prompt_ids, response))).long()[None]
-            logps = model(input_ids=ids, use_cache=False).logits[0, :-1].double().log_softmax(-1)
-            token_logps = logps.gather(-1, ids[0, 1:, None])[:, 0]
-            result.append(token_logps[len(item.prompt_ids) - 1 :].sum())
-    return torch.stack(result)
+def ways_of(name: str) -> list[tuple[Layout, Kernel]]:
+    return [way for way in WAYS if name not in MASKED or way[1] == "mask"]
 
 
 def in_layout(model: PairModel, items: list[PromptBranches], layout: Layout, kernel: Kernel) -> Tensor:
@@ -126,7 +56,7 @@ def with_gradients(model: Any, logps: Tensor) -> tuple[Tensor, dict[str, Tensor]
 def assert_the_layouts_agree(
     model: Any, items: list[PromptBranches], *, ways: list[tuple[Layout, Kernel]] = WAYS, tolerance: float = 2e-5
 ) -> None:
-    expected, gradients = with_gradients(model, plain(model, items))
+    expected, gradients = with_gradients(model, plain(model, [items[i] for row in PACKED for i in row]))
     assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     pair_model = PairModel(model)
     for layout, kernel in ways:
@@ -147,16 +77,22 @@ def assert_the_layouts_agree(
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_branches_padded_rows_and_plain_forwards_agree(name: str):
-    ways = [way for way in WAYS if name != CAPPED or way[1] == "mask"]
-    assert_the_layouts_agree(build(name), items_of(), ways=ways)
+    assert_the_layouts_agree(build(name), items_of(), ways=ways_of(name))
 
 
-def test_capped_scores_are_not_left_out_in_silence():
-    with pytest.raises(ValueError, match="attention with `softcap`"):
-        in_layout(PairModel(build(CAPPED)), items_of(), "one_row", "spans")
+@pytest.mark.parametrize(("name", "argument"), zip(MASKED, ("softcap", "s_aux"), strict=True))
+def test_what_changes_the_scores_is_not_left_out_in_silence(name: str, argument: str):
+    with pytest.raises(ValueError, match=f"attention with `{argument}`"):
+        in_layout(PairModel(build(name)), items_of(), "one_row", "spans")
 
 
-@pytest.mark.parametrize("name", ["llama with tied weights", "gpt2 (learnt positions)", "mistral with a window"])
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_the_probe_before_training_lets_supported_models_keep_their_branches(name: str):
+    model = PairModel(build(name))
+    assert usable_layout(model, model, "branches", "fp32") == ("branches" if name in MASKED else "one_row")
+
+
+@pytest.mark.parametrize("name", ["llama with tied weights", "olmoe (experts)", *SUPPORTED])
 def test_adapters_get_the_same_gradients_in_every_layout(name: str):
     import peft
 
@@ -165,8 +101,11 @@ def test_adapters_get_the_same_gradients_in_every_layout(name: str):
         peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
     )
     model.eval()
-    assert_the_layouts_agree(model, items_of())
-    assert all("lora" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert_the_layouts_agree(model, items_of(), ways=ways_of(name))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora" in name for name in trained)
+    for layer in range(model.config.num_hidden_layers):
+        assert any(f".{layer}." in name and "attn" in name for name in trained)
 
 
 def test_a_trained_model_agrees_on_its_own_text(shared: Any):

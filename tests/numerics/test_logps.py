@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_ray.logps import CHUNK_LOGITS, sum_by_response, token_logps
+from dpo_ray.logps import CHUNK_LOGITS, sum_by_response, tail_sums, token_logps
 
 TOKENS, WIDTH, VOCABULARY = 11, 6, 17
 
@@ -50,7 +50,7 @@ def test_values_and_gradients_are_those_of_a_whole_log_softmax(options: dict[str
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
     upstream = torch.linspace(-2, 3, TOKENS, dtype=torch.float64)
 
-    logps, entropy = token_logps(
+    logps, entropy, _ = token_logps(
         hidden, weight, target_ids, bias=bias if with_bias else None, chunk_tokens=4, **options
     )
     expected, expected_entropy = whole(hidden, weight, bias if with_bias else None, target_ids, **options)
@@ -79,7 +79,7 @@ def test_every_chunk_size_gives_the_same(chunk_tokens: int | None):
     hidden, weight, bias, target_ids = head()
 
     def result(chunk_tokens: int | None) -> list[Tensor]:
-        logps, entropy = token_logps(hidden, weight, target_ids, bias=bias, softcap=4.0, chunk_tokens=chunk_tokens)
+        logps, entropy, _ = token_logps(hidden, weight, target_ids, bias=bias, softcap=4.0, chunk_tokens=chunk_tokens)
         return [logps, entropy, *torch.autograd.grad(logps.square().sum(), (hidden, weight, bias))]
 
     for one, other in zip(result(chunk_tokens), result(4), strict=True):
@@ -89,7 +89,7 @@ def test_every_chunk_size_gives_the_same(chunk_tokens: int | None):
 def test_a_uniform_and_a_certain_distribution_are_worked_by_hand():
     hidden = torch.tensor([[0.0], [1000.0]])
     weight = torch.tensor([[1.0], [0.0], [0.0], [0.0]])
-    logps, entropy = token_logps(hidden, weight, torch.tensor([2, 0]))
+    logps, entropy, _ = token_logps(hidden, weight, torch.tensor([2, 0]))
     torch.testing.assert_close(logps, torch.tensor([-math.log(4), 0.0]))
     torch.testing.assert_close(entropy, torch.tensor([math.log(4), 0.0]))
 
@@ -97,7 +97,7 @@ def test_a_uniform_and_a_certain_distribution_are_worked_by_hand():
 def test_no_tokens_give_no_values_and_zero_gradient():
     _, weight, bias, _ = head()
     hidden = torch.zeros(0, WIDTH, dtype=torch.float64, requires_grad=True)
-    logps, entropy = token_logps(hidden, weight, torch.zeros(0, dtype=torch.int64), bias=bias)
+    logps, entropy, _ = token_logps(hidden, weight, torch.zeros(0, dtype=torch.int64), bias=bias)
     assert logps.shape == entropy.shape == (0,)
     grads = torch.autograd.grad(logps.sum(), (hidden, weight, bias))
     assert [grad.abs().sum().item() for grad in grads] == [0.0, 0.0, 0.0]
@@ -133,7 +133,7 @@ def test_a_frozen_head_computes_no_gradient_of_its_weight():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_give_float32_log_probs_within_their_rounding(dtype: torch.dtype):
     hidden, weight, bias, target_ids = head(dtype)
-    logps, entropy = token_logps(hidden, weight, target_ids, bias=bias, chunk_tokens=4)
+    logps, entropy, _ = token_logps(hidden, weight, target_ids, bias=bias, chunk_tokens=4)
     exact, exact_entropy = whole(hidden.double(), weight.double(), bias.double(), target_ids)
 
     assert logps.dtype == entropy.dtype == torch.float32
@@ -158,7 +158,7 @@ def test_many_chunks_do_not_cost_precision_in_bfloat16():
     target_ids = torch.randint(vocabulary, (num_tokens,), generator=generator)
 
     def error(chunk_tokens: int) -> float:
-        logps, _ = token_logps(hidden, weight, target_ids, chunk_tokens=chunk_tokens)
+        logps, *_ = token_logps(hidden, weight, target_ids, chunk_tokens=chunk_tokens)
         (grad,) = torch.autograd.grad(logps.sum(), weight)
         return ((grad.double() - exact).norm() / exact.norm()).item()
 
@@ -192,7 +192,7 @@ def test_tokens_by_vocabulary_is_never_whole():
     target_ids = torch.randint(vocabulary, (num_tokens,))
 
     with Recorder() as recorder:
-        logps, _ = token_logps(hidden, weight, target_ids, softcap=3.0, chunk_tokens=chunk_tokens)
+        logps, *_ = token_logps(hidden, weight, target_ids, softcap=3.0, chunk_tokens=chunk_tokens)
         logps.sum().backward()
     assert recorder.largest == chunk_tokens * vocabulary
 
@@ -225,6 +225,24 @@ def test_sums_go_to_the_response_of_each_token():
     (sums * torch.tensor([1.0, 10.0, 100.0, 1000.0, 1e4])).sum().backward()
     assert values.grad is not None
     assert values.grad.tolist() == [100.0, 1.0, 100.0, 1.0, 1000.0]
+
+
+def test_a_tail_is_what_stands_beyond_the_shorter_response_of_the_pair():
+    values = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0], requires_grad=True)
+    index = torch.tensor([0, 0, 0, 1, 2, 3, 3])  # pairs of 3 and 1, and of 1 and 2 tokens
+    tails = tail_sums(values, index, torch.tensor([3.0, 1.0, 1.0, 2.0]))
+    assert tails.tolist() == [-6.0, 0.0, 0.0, -64.0]
+    tails.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_the_collision_probability_is_the_sum_of_squares():
+    hidden, weight, bias, target_ids = head(torch.float64)
+    found = token_logps(hidden, weight, target_ids, bias=bias, chunk_tokens=2)
+    probs = F.linear(hidden, weight, bias).softmax(-1)
+    torch.testing.assert_close(found.log_collision, probs.square().sum(-1).log())
+    assert not found.log_collision.requires_grad
 
 
 def test_sums_do_not_depend_on_the_order_of_the_tokens():

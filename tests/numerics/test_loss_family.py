@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_ray.config import LossConfig
-from dpo_ray.losses import LOSSES, REFERENCE_FREE, PairLogps, loss_function, sft_loss
+from dpo_ray.losses import LOSSES, REFERENCE_FREE, PairLogps, PairTerms, loss_function, match_gaps, sft_loss
 
 SECTIONS = {section.model_fields["kind"].default: section for section in get_args(get_args(LossConfig)[0])}
 
@@ -30,6 +30,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"kind": "apo_zero", "beta": 0.3},
     {"kind": "apo_down", "beta": 0.3},
     {"kind": "discopop", "beta": 0.3, "tau": 0.5},
+    {"kind": "aot", "beta": 0.3},
+    {"kind": "aot", "beta": 0.3, "label_smoothing": 0.2},
+    {"kind": "dpo", "beta": 0.3, "ld_alpha": 0.4},
+    {"kind": "apo_zero", "beta": 0.3, "ld_alpha": 0.0},
+    {"kind": "dpo", "beta": 0.3, "wpo": True},
+    {"kind": "ipo", "beta": 0.3, "wpo": True},
 ]
 """Losses that TRL's DPOTrainer has too, each with its options."""
 
@@ -41,6 +47,13 @@ MORE: list[dict[str, Any]] = [
     {"kind": "cpo", "beta": 0.3},
     {"kind": "orpo", "beta": 0.2},
     {"kind": "sft"},
+    {"kind": "dpo", "beta": 0.3, "margin_weight": 0.7},
+    {"kind": "robust", "beta": 0.3, "margin_weight": 0.7},
+    {"kind": "hinge", "beta": 0.3, "margin_weight": 0.7},
+    {"kind": "sigmoid_norm", "beta": 2.0, "margin_weight": 0.7},
+    {"kind": "dpo", "beta": 0.3, "data_weights": True, "sft_weight": 0.5},
+    {"kind": "sft", "data_weights": True},
+    {"kind": "cpo", "beta": 0.3, "wpo": True},
 ]
 
 
@@ -59,12 +72,37 @@ def random_pairs(seed: int, dtype: torch.dtype = torch.float64) -> tuple[PairLog
     lengths = torch.randint(1, 10, (2, 6), generator=generator).to(dtype)
     policy = -3 * lengths * (0.2 + torch.rand(2, 6, generator=generator, dtype=dtype))
     reference = policy + 2 * torch.randn(2, 6, generator=generator, dtype=dtype)
-    return PairLogps(*policy, *lengths), PairLogps(*reference, *lengths)
+    return with_tails(PairLogps(*policy, *lengths)), with_tails(PairLogps(*reference, *lengths))
+
+
+def with_tails(logps: PairLogps) -> PairLogps:
+    """All tokens of a response are taken to be equally likely."""
+    shorter = torch.minimum(logps.chosen_tokens, logps.rejected_tokens)
+    return logps._replace(
+        chosen_tail=logps.chosen.detach() * (1 - shorter / logps.chosen_tokens),
+        rejected_tail=logps.rejected.detach() * (1 - shorter / logps.rejected_tokens),
+    )
+
+
+LOG_COLLISION = -0.3
+"""log sum of p^2 at every token, for WPO."""
+
+
+def terms_of(policy: PairLogps, reference: PairLogps) -> PairTerms:
+    """Weights and margins 1, 2, ..., and what follows from the log-probs."""
+    numbers = torch.arange(1, len(policy.chosen) + 1, dtype=policy.chosen.dtype)
+    means = (policy.chosen / policy.chosen_tokens, policy.rejected / policy.rejected_tokens)
+    return PairTerms(
+        weight=numbers,
+        margin=numbers / 2,
+        alignment=(sum(means) - 2 * LOG_COLLISION).exp().detach(),
+        matched_gap=match_gaps(policy.gap.detach(), reference.gap),
+    )
 
 
 def one(chosen: float, rejected: float, chosen_tokens: int = 1, rejected_tokens: int = 1) -> PairLogps:
     values = (chosen, rejected, float(chosen_tokens), float(rejected_tokens))
-    return PairLogps(*(torch.tensor([value], dtype=torch.float64) for value in values))
+    return with_tails(PairLogps(*(torch.tensor([value], dtype=torch.float64) for value in values)))
 
 
 def sigmoid(x: float) -> float:
@@ -123,11 +161,33 @@ def sigmoid(x: float) -> float:
             - 0.2 * math.log(sigmoid((-2.5 - math.log(1 - math.exp(-2.5))) - (-4.0 - math.log(1 - math.exp(-4.0))))),
         ),
         ({"kind": "sft"}, 2.5),
+        # The last of the chosen response's 4 tokens is beyond the rejected one's 3: -2.5 and -2.75 of its sums.
+        ({"kind": "dpo", "beta": 0.5, "ld_alpha": 0.2}, -math.log(sigmoid(0.5 * (3 - 0.8 * (-2.5 + 2.75))))),
+        ({"kind": "dpo", "beta": 0.5, "ld_alpha": 0.2, "sft_weight": 1.0}, -math.log(sigmoid(1.4)) + 2.5),
+        ({"kind": "dpo", "beta": 0.5, "margin_weight": 3.0}, -math.log(sigmoid(1.5 - 3 * 0.5))),
+        ({"kind": "robust", "beta": 0.5, "label_smoothing": 0.1, "margin_weight": 3.0}, math.log(2) * 0.8 / 0.8),
+        ({"kind": "hinge", "beta": 0.5, "margin_weight": 3.0}, 1.0),
+        ({"kind": "sigmoid_norm", "beta": 2.0, "margin_weight": 1.0}, -math.log(sigmoid(2 * (1 / 4 + 2 / 3) - 0.5))),
+        ({"kind": "dpo", "beta": 0.5, "wpo": True}, math.exp(-2.5 - 4 + 0.6) * -math.log(sigmoid(1.5))),
+        (
+            {"kind": "dpo", "beta": 0.5, "wpo": True, "sft_weight": 1.0},  # WPO weighs the preference alone
+            math.exp(-2.5 - 4 + 0.6) * -math.log(sigmoid(1.5)) + 2.5,
+        ),
+        ({"kind": "aot", "beta": 0.5}, -math.log(sigmoid(1.5))),  # a step of one pair is DPO
+        (
+            {
+                "kind": "sum",
+                "losses": [{"kind": "dpo", "beta": 0.5}, {"kind": "hinge", "beta": 0.25}, {"kind": "sft"}],
+                "weights": [2.0, 4.0, 0.5],
+            },
+            2 * -math.log(sigmoid(1.5)) + 4 * 0.25 + 0.5 * 2.5,
+        ),
     ],
     ids=lambda value: label(value) if isinstance(value, dict) else None,
 )
 def test_value_worked_by_hand(options: dict[str, Any], expected: float):
-    out = loss_of(options)(one(-10, -12, 4, 3), one(-11, -10, 4, 3))
+    policy, reference = one(-10, -12, 4, 3), one(-11, -10, 4, 3)
+    out = loss_of(options)(policy, reference, terms_of(policy, reference))
     assert out.loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
@@ -138,16 +198,56 @@ def test_dpop_punishes_a_chosen_response_that_has_sunk():
 
 
 def test_every_loss_is_worked_and_has_a_section():
-    assert {options["kind"] for options in OPTIONS + MORE} == set(LOSSES) == set(SECTIONS)
+    assert {options["kind"] for options in OPTIONS + MORE} == set(LOSSES) == set(SECTIONS) - {"sum"}
+
+
+def test_optimal_transport_compares_each_pair_with_the_references_of_its_rank():
+    policy, reference = torch.tensor([3.0, -1.0, 2.0]), torch.tensor([10.0, 30.0, 20.0])
+    assert match_gaps(policy, reference).tolist() == [30.0, 10.0, 20.0]
+    order = torch.tensor([2, 0, 1])
+    assert match_gaps(policy[order], reference).tolist() == [20.0, 30.0, 10.0]
+
+
+def test_data_weights_multiply_the_whole_loss_of_a_pair():
+    policy, reference = random_pairs(8)
+    plain = loss_of({"kind": "dpo", "sft_weight": 0.5})(policy, reference).loss
+    weighted = loss_of({"kind": "dpo", "sft_weight": 0.5, "data_weights": True})
+    found = weighted(policy, reference, terms_of(policy, reference)).loss
+    torch.testing.assert_close(found, plain * torch.arange(1, 7))
+
+
+def test_rewards_of_a_sum_are_its_first_losses():
+    policy, reference = random_pairs(9)
+    parts = [{"kind": "ipo", "beta": 0.7}, {"kind": "simpo"}]
+    out = loss_of({"kind": "sum", "losses": parts, "weights": [1.0, 1.0]})(policy, reference)
+    torch.testing.assert_close(out.chosen_rewards, 0.7 * (policy.chosen - reference.chosen))
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        ({"kind": "dpo"}, {"reference"}),
+        ({"kind": "cpo"}, set()),
+        ({"kind": "cpo", "wpo": True}, {"alignment"}),
+        ({"kind": "dpo", "ld_alpha": 0.5, "margin_weight": 1.0}, {"reference", "tails", "margin"}),
+        ({"kind": "sft", "data_weights": True}, {"weight"}),
+        (
+            {"kind": "sum", "losses": [{"kind": "simpo"}, {"kind": "aot"}], "weights": [1, 1]},
+            {"reference", "matched_gap"},
+        ),
+    ],
+)
+def test_a_loss_says_what_it_must_be_given(options: dict[str, Any], needs: set[str]):
+    assert loss_of(options).needs == needs
 
 
 @pytest.mark.parametrize("options", OPTIONS + MORE, ids=label)
 def test_gradient_is_that_of_finite_differences(options: dict[str, Any]):
     policy, reference = random_pairs(1)
-    loss = loss_of(options)
+    loss, terms = loss_of(options), terms_of(policy, reference)
 
     def of_logps(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return loss(policy._replace(chosen=chosen, rejected=rejected), reference).loss
+        return loss(policy._replace(chosen=chosen, rejected=rejected), reference, terms).loss
 
     sides = (policy.chosen.clone().requires_grad_(), policy.rejected.clone().requires_grad_())
     assert torch.autograd.gradcheck(of_logps, sides, eps=1e-6, atol=1e-6)
@@ -158,13 +258,14 @@ def test_gradient_is_that_of_finite_differences(options: dict[str, Any]):
 def test_extreme_margins_stay_finite_in_float32(options: dict[str, Any], margin: float):
     shift = torch.tensor([margin / 2])
     tokens = torch.tensor([3.0])
-    reference = PairLogps(torch.tensor([-2000.0]), torch.tensor([-2000.0]), tokens, tokens)
+    reference = with_tails(PairLogps(torch.tensor([-2000.0]), torch.tensor([-2000.0]), tokens, tokens))
     chosen, rejected = (
         side.clone().requires_grad_() for side in (reference.chosen + shift, reference.rejected - shift)
     )
     if options["kind"] == "discopop" and margin < 0:
         pytest.skip("the exponential part of DiscoPOP has no bound: that is the loss")
-    out = loss_of(options)(PairLogps(chosen, rejected, tokens, tokens), reference)
+    policy = with_tails(PairLogps(chosen, rejected, tokens, tokens))
+    out = loss_of(options)(policy, reference, terms_of(policy, reference))
     assert out.loss.isfinite().all()
     (out.loss.sum() + 0 * (chosen + rejected).sum()).backward()
     assert chosen.grad is not None
@@ -183,7 +284,8 @@ def test_a_loss_without_reference_does_not_look_at_one(kind: str):
 @pytest.mark.parametrize("options", [o for o in OPTIONS + MORE if o["kind"] not in REFERENCE_FREE], ids=label)
 def test_rewards_are_dpos_and_carry_no_gradient(options: dict[str, Any]):
     policy, reference = random_pairs(3)
-    out = loss_of(options)(policy._replace(chosen=policy.chosen.clone().requires_grad_()), reference)
+    terms = terms_of(policy, reference)
+    out = loss_of(options)(policy._replace(chosen=policy.chosen.clone().requires_grad_()), reference, terms)
     torch.testing.assert_close(out.chosen_rewards, options["beta"] * (policy.chosen - reference.chosen))
     torch.testing.assert_close(out.rejected_rewards, options["beta"] * (policy.rejected - reference.rejected))
     assert not out.chosen_rewards.requires_grad
@@ -200,12 +302,19 @@ def trl_loss(options: dict[str, Any], policy: PairLogps, reference: PairLogps) -
     mask = (torch.arange(width)[None] >= 1) & (torch.arange(width)[None] <= lengths[:, None])
     per_token = torch.where(mask[:, 1:], (logps / lengths)[:, None], 0.0)
     names = {"dpo": "sigmoid"}
-    kind = options["kind"]
+    kind, alpha = options["kind"], options.get("ld_alpha", 1.0)
+    if alpha != 1.0:  # precomputed reference log-probs come in desensitized
+        assert reference.chosen_tail is not None
+        assert reference.rejected_tail is not None
+        reference = reference._replace(
+            chosen=reference.chosen - (1 - alpha) * reference.chosen_tail,
+            rejected=reference.rejected - (1 - alpha) * reference.rejected_tail,
+        )
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
         accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
         aux_loss_enabled=False,
-        ld_alpha=None,
+        ld_alpha=options.get("ld_alpha"),
         precompute_ref_logps=True,
         f_divergence_type=options.get("f_divergence", "reverse_kl"),
         f_alpha_divergence_coef=options.get("f_alpha", 0.5),
@@ -213,7 +322,7 @@ def trl_loss(options: dict[str, Any], policy: PairLogps, reference: PairLogps) -
         loss_weights=[1.0],
         beta=options["beta"],
         label_smoothing=options.get("label_smoothing", 0.0),
-        use_weighting=False,
+        use_weighting=options.get("wpo", False),
         args=SimpleNamespace(discopop_tau=options.get("tau", 0.05)),
         _metrics={"eval": defaultdict(list)},
         _total_train_tokens=0,
@@ -223,6 +332,7 @@ def trl_loss(options: dict[str, Any], policy: PairLogps, reference: PairLogps) -
         log_probs=per_token,
         entropy=torch.zeros_like(per_token),
         mean_logits=torch.zeros_like(per_token),
+        log_sum_sq_probs=torch.full_like(per_token, LOG_COLLISION),
         is_top1=torch.zeros_like(per_token, dtype=torch.bool),
     )
     inputs = {
@@ -241,7 +351,7 @@ def trl_loss(options: dict[str, Any], policy: PairLogps, reference: PairLogps) -
 def test_loss_is_trls(options: dict[str, Any], seed: int):
     dtype = torch.float32 if options.get("f_divergence") == "alpha_divergence" else torch.float64  # TRL's own limit
     policy, reference = random_pairs(seed, dtype)
-    found = loss_of(options)(policy, reference).loss.mean().item()
+    found = loss_of(options)(policy, reference, terms_of(policy, reference)).loss.mean().item()
     assert found == pytest.approx(trl_loss(options, policy, reference), rel=1e-5 if dtype == torch.float32 else 1e-7)
 
 

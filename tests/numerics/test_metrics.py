@@ -31,7 +31,7 @@ def logps(num_pairs: int, seed: int) -> PairLogps:
 
 
 def part(side: PairLogps, start: int, stop: int) -> PairLogps:
-    return PairLogps(*(field[start:stop] for field in side))
+    return PairLogps(*(field[start:stop] for field in side[:4]))
 
 
 def sums_of(policy: PairLogps, reference: PairLogps, weights: Tensor | None = None) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ POLICY, REFERENCE = logps(9, seed=0), logps(9, seed=1)
 
 def pair_by_pair() -> dict[str, float]:
     """The means of POLICY and REFERENCE in plain Python, one pair after another."""
-    rows = zip(*(field.tolist() for field in (*POLICY, REFERENCE.chosen, REFERENCE.rejected)), strict=True)
+    rows = zip(*(field.tolist() for field in (*POLICY[:4], REFERENCE.chosen, REFERENCE.rejected)), strict=True)
     total = dict.fromkeys(METRICS.keys() - {"entropy"}, 0.0)
     num_pairs = num_tokens = 0.0
     for chosen, rejected, chosen_tokens, rejected_tokens, ref_chosen, ref_rejected in rows:
@@ -89,7 +89,7 @@ def test_a_tie_counts_half():
 def test_pairs_of_weight_zero_count_nothing():
     weights = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     counted = [i for i in range(9) if weights[i]]
-    policy, reference = (PairLogps(*(field[counted] for field in side)) for side in (POLICY, REFERENCE))
+    policy, reference = (PairLogps(*(field[counted] for field in side[:4])) for side in (POLICY, REFERENCE))
     expected = {name: value.item() for name, value in sums_of(policy, reference).items()}
     weighted = {name: value.item() for name, value in sums_of(POLICY, REFERENCE, weights).items()}
     assert weighted == pytest.approx(expected, rel=1e-12)

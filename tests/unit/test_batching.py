@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ray.data.batching import Layout, Lengths, StepOrder, make_batch, pack_rows, plan_step
+from dpo_ray.config import parse_run
+from dpo_ray.data.batching import (
+    Layout,
+    Lengths,
+    StepOrder,
+    lengths_of,
+    level_rows,
+    make_batch,
+    pack_rows,
+    plan_step,
+)
 from dpo_ray.pairs import PairBatch, PromptBranches
+from dpo_ray.prepare import prepare, resolve
 
 LAYOUTS: tuple[Layout, ...] = ("branches", "one_row", "padded")
 
@@ -88,6 +100,44 @@ def test_workers_without_an_item_compute_the_smallest_one_and_do_not_count_it(le
         if not micro_batch.counts:
             (item,) = micro_batch.items
             assert places(lengths[item], "branches") == smallest, "a filler costs as little as possible"
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), capacity=st.integers(50, 150))
+def test_levelled_rows_hold_the_same_and_none_is_wider_than_before(sizes: list[int], capacity: int):
+    packed = pack_rows(sizes, capacity)
+    levelled = level_rows(packed, sizes)
+    assert sorted(i for row in levelled for i in row) == list(range(len(sizes)))
+    assert len(levelled) == len(packed)
+    widths = [[sum(sizes[i] for i in row) for row in rows] for rows in (packed, levelled)]
+    assert max(widths[1]) <= max(widths[0])
+    assert sum(w * w for w in widths[1]) <= sum(w * w for w in widths[0])
+
+
+def test_levelling_moves_and_exchanges_items():
+    sizes = [6, 5, 4, 3, 1]
+    assert [sorted(row) for row in level_rows([[0, 1, 4], [2, 3]], sizes)] == [[1, 2, 4], [0, 3]], "6 for 3: 10 and 9"
+    assert sorted(map(len, level_rows([[0, 1, 2], [3]], [2, 2, 2, 2]))) == [2, 2]
+    assert level_rows([[0], [1], [2]], [9, 1, 1]) == [[0], [1], [2]], "a row of one item cannot be narrower"
+
+
+@pytest.mark.parametrize(("num_workers", "tokens_per_device"), [(1, 2048), (1, 8192), (2, 8192), (8, 8192)])
+def test_little_of_a_step_of_real_pairs_is_padding(
+    shared: Path, tmp_path: Path, num_workers: int, tokens_per_device: int
+):
+    """HH-RLHF, 64 pairs a step."""
+    data = {"sources": [{"path": str(shared / "data/hh_rlhf/helpful-base.test.jsonl.gz")}], "max_tokens": 512}
+    tree = {"name": "a", "storage": {"path": str(tmp_path)}, "model": {"path": str(shared / "models/stories260K")}}
+    run = parse_run(tree | {"data": data | {"num_pairs": 512, "eval": {"num_pairs": 0}}})
+    lengths = [lengths_of(pair) for pair in prepare(resolve(run)).train_pairs]
+    filled = slots = 0
+    for start in range(0, 512, 64):
+        options = {"num_workers": num_workers, "tokens_per_device": tokens_per_device, "row_tokens": 1024}
+        step = lengths[start : start + 64]
+        for micro_batch in (one for passes in plan_step(step, layout="branches", **options) for one in passes):
+            widths = [sum(step[i].branched for i in row) for row in micro_batch.rows]
+            filled += sum(widths) * micro_batch.counts
+            slots += max(widths) * len(widths)
+    assert 1 - filled / slots < 0.03
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

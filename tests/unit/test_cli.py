@@ -62,6 +62,34 @@ def test_a_dry_run_tells_pairs_steps_and_memory(run: Run, tmp_path: Path):
     assert not (tmp_path / "runs/small").exists()
 
 
+def test_a_dry_run_says_what_would_make_it_fit(run: Run):
+    def memory(*arguments: str) -> dict[str, Any]:
+        told: dict[str, Any] = yaml.safe_load(run(*arguments).stdout)["plan"]["memory"]
+        return told
+
+    roomy = memory("--device-gib", "80")
+    assert roomy["fits"]
+    assert "would_fit_with" not in roomy
+    needed = roomy["gib_per_worker"]
+    tight = memory("--device-gib", str(needed - 0.001))
+    assert not tight["fits"]
+    assert tight["would_fit_with"] == {"engine.activation_checkpointing": True}
+    assert isinstance(memory("--device-gib", "0.001")["would_fit_with"], str)
+    with_it = memory("engine.activation_checkpointing=true", "--device-gib", str(needed - 0.001))
+    assert with_it["fits"], "what is advised does fit"
+
+
+@pytest.mark.parametrize(("key", "column"), [("data_weights", "weight"), ("margin_weight", "margin")])
+def test_a_pair_without_the_number_that_the_loss_reads_is_named(run: Run, data: Path, key: str, column: str):
+    rows = [json.loads(line) | {column: 1.5} for line in data.read_text().splitlines()]
+    rows[6].pop(column)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = one_line(run(f"loss.{key}=1"))
+    assert f"{data}:7" in told
+    assert f"`{column}`" in told
+    assert run().exit_code == 0, "only where it is read"
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

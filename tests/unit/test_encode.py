@@ -1,5 +1,6 @@
 """Pairs as token ids: one BOS, one end token, a shared prompt, nothing lost; over-long pairs; the token cache."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_response_ids_are_those_of_the_whole_text_where_a_word_begins(tokenizer:
 def test_ids_are_int32_and_the_pair_keeps_its_name():
     pair = PreferencePair("a", "b", "c")
     result = only(encoded(pair))
-    assert {ids.dtype.name for ids in result[1:]} == {"int32"}
+    assert {ids.dtype.name for ids in result[1:4]} == {"int32"}
     assert result.pair_id == pair.pair_id
 
 
@@ -276,7 +277,7 @@ def letters(ids: Any) -> str:
 def test_a_pair_that_just_fits_is_whole():
     for over_long in ("drop", "truncate_prompt_left", "truncate_response"):
         part = encoded(LONG, max_tokens=15, over_long=over_long)
-        assert [letters(ids) for ids in only(part)[1:]] == ["^abcdefgh", "ijk.", "lmnop."]
+        assert [letters(ids) for ids in only(part)[1:4]] == ["^abcdefgh", "ijk.", "lmnop."]
         assert not part.dropped
         assert not part.truncated
 
@@ -290,7 +291,7 @@ def test_an_over_long_pair_is_dropped_and_counted():
 
 def test_truncating_the_prompt_takes_its_beginning_and_keeps_the_bos():
     part = encoded(LONG, max_tokens=12, over_long="truncate_prompt_left")
-    assert [letters(ids) for ids in only(part)[1:]] == ["^defgh", "ijk.", "lmnop."]
+    assert [letters(ids) for ids in only(part)[1:4]] == ["^defgh", "ijk.", "lmnop."]
     assert part.truncated == {"prompt": 1}
     least = encoded(LONG, max_tokens=8, over_long="truncate_prompt_left")
     assert letters(only(least).prompt_ids) == "^h"
@@ -308,10 +309,10 @@ def test_truncating_a_prompt_without_a_bos_takes_its_beginning():
 
 def test_a_truncated_response_has_no_end_token_and_a_whole_one_beside_it_keeps_its_own():
     part = encoded(LONG, max_tokens=13, over_long="truncate_response")
-    assert [letters(ids) for ids in only(part)[1:]] == ["^abcdefgh", "ijk.", "lmno"]
+    assert [letters(ids) for ids in only(part)[1:4]] == ["^abcdefgh", "ijk.", "lmno"]
     assert part.truncated == {"response": 1}
     both = encoded(LONG, max_tokens=11, over_long="truncate_response")
-    assert [letters(ids) for ids in only(both)[1:]] == ["^abcdefgh", "ij", "lm"]
+    assert [letters(ids) for ids in only(both)[1:4]] == ["^abcdefgh", "ij", "lm"]
 
 
 def test_no_room_for_a_response_behind_its_prompt_is_counted():
@@ -327,7 +328,9 @@ def test_responses_of_the_same_tokens_are_no_pair():
     assert encoded(PreferencePair("ab", "cdef", "cdgh"), max_tokens=6, over_long="truncate_response").pairs
 
 
-NUMBERS = [PreferencePair(f"{i}", "a" * (1 + i % 3), "b") for i in range(11)]
+NUMBERS = [
+    PreferencePair(f"{i}", "a" * (1 + i % 3), "b", weight=i / 3, margin=float(i) if i else None) for i in range(11)
+]
 
 
 @pytest.fixture(params=["local", "uri"])
@@ -357,7 +360,10 @@ class CountingEncoder(PairEncoder):
 
 
 def same(table: Sequence[TokenizedPair], pairs: Sequence[TokenizedPair]) -> bool:
-    as_lists = [[(pair.pair_id, *(ids.tolist() for ids in pair[1:])) for pair in side] for side in (table, pairs)]
+    as_lists = [
+        [(pair.pair_id, *(ids.tolist() for ids in pair[1:4]), *map(repr, pair[4:])) for pair in side]
+        for side in (table, pairs)
+    ]
     return as_lists[0] == as_lists[1]
 
 
@@ -367,6 +373,8 @@ def test_a_table_reads_the_pairs_across_its_files(cache: Folder, encoder: Counti
     assert len(files.parts) == 3
     assert len(table) == files.num_pairs == 11
     assert same(table, encoded(NUMBERS).pairs)
+    assert (table[10].weight, table[10].margin) == (10 / 3, 10.0)
+    assert math.isnan(table[0].margin)
     assert same([table[i] for i in (10, 0, 4, 3)], [encoded(NUMBERS).pairs[i] for i in (10, 0, 4, 3)])
     for outside in (-1, 11):
         with pytest.raises(IndexError):

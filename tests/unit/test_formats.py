@@ -318,6 +318,20 @@ def test_a_pair_carries_place_scores_tools_and_group():
     assert not pair.is_transcript
 
 
+def test_a_pair_carries_its_weight_and_its_margin_or_the_gap_of_its_scores():
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    (pair,) = parse(row)
+    assert (pair.weight, pair.margin) == (None, None)
+    (pair,) = parse(row | {"weight": 2, "margin": 0.5, "chosen_score": 9, "rejected_score": 1})
+    assert (pair.weight, pair.margin) == (2.0, 0.5)
+    (pair,) = parse(row | {"chosen_score": 9, "rejected_score": 1})
+    assert pair.margin == 8.0
+    for other in ("heavy", -1, float("nan"), True, [1]):
+        (pair,) = parse(row | {"weight": other})
+        assert pair.weight is None
+    assert pair.pair_id == parse(row)[0].pair_id, "what a pair weighs is not what it is"
+
+
 def test_which_pairs_a_ranked_list_gives():
     value = {"prompt": "p", "responses": [{"text": t, "score": s} for t, s in (("c", 1), ("a", 9), ("b", 5), ("d", 0))]}
 

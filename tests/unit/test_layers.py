@@ -23,6 +23,7 @@ LAYERS = {
         "tracking",
         "report",
         "recipe_reference",
+        "memory",
         "prepare",
     ],
     "machinery": ["engine", "reference", "generate"],

@@ -29,9 +29,9 @@ def ids(*values: int) -> Any:
 
 
 VALUES = {
-    response_key(ids(1), ids(2, 3)): ResponseValue(-1 / 3, 2, 0.1),
-    response_key(ids(1), ids(4)): ResponseValue(-1e-17, 1, 2.5),
-    response_key(ids(5), ids(4)): ResponseValue(-12345.678901234567, 900, 0.0),
+    response_key(ids(1), ids(2, 3)): ResponseValue(-1 / 3, 2, 0.1, -0.5),
+    response_key(ids(1), ids(4)): ResponseValue(-1e-17, 1, 2.5, -0.5),
+    response_key(ids(5), ids(4)): ResponseValue(-12345.678901234567, 900, 0.0, -0.5),
 }
 
 
@@ -121,16 +121,16 @@ def test_parts_add_up_and_the_same_content_is_one_file(root: str, tmp_path: Path
     first, second, third = VALUES
     store.write({first: VALUES[first], second: VALUES[second]})
     store.write({second: VALUES[second], first: VALUES[first]})  # another actor that computed the same
-    assert len(list((tmp_path / "store" / "f-fp32").iterdir())) == 1
+    assert len(list((tmp_path / "store" / "f-fp32-2").iterdir())) == 1
     store.write({third: VALUES[third]})
-    assert len(list((tmp_path / "store" / "f-fp32").iterdir())) == 2
+    assert len(list((tmp_path / "store" / "f-fp32-2").iterdir())) == 2
     assert store.read(VALUES) == VALUES
 
 
 def test_a_part_left_unfinished_is_ignored(root: str, tmp_path: Path):
     store = ReferenceStore(root, "f", "fp32")
     store.write(VALUES)
-    (part,) = (tmp_path / "store" / "f-fp32").iterdir()
+    (part,) = (tmp_path / "store" / "f-fp32-2").iterdir()
     (part.parent / f".tmp-{part.name}-0123abcd").write_bytes(part.read_bytes()[:40])
     (part.parent / "notes.txt").write_text("not a part")
     assert store.read(VALUES) == VALUES
@@ -186,6 +186,31 @@ def test_a_table_gives_the_values_of_each_pair_by_its_number(tmp_path: Path):
     assert logps.rejected_tokens.tolist() == [900, 1, 2, 1]
     assert logps.chosen.dtype == torch.float64
     assert table.entropy == pytest.approx(2 * (long.entropy + short.entropy) + 2 * other.entropy)
+
+
+def test_log_probs_of_tokens_are_computed_once_a_loss_asks_for_them(model: ModelSource, root: str):
+    items = [item for item in candidates() if len(item.responses) == 2]
+    store = ReferenceStore(root, "f", "fp32")
+    plain = scorer(model, root).score(items)
+    store.write(plain)
+    assert store.read(plain, per_token=True) == {}, "without them a value does not serve"
+    with_tokens = ResponseScorer(model, "fp32", BatchConfig(), store, per_token=True).score(items)
+    store.write(with_tokens)
+    assert store.read(plain, per_token=True).keys() == plain.keys()
+    for value in store.read(plain, per_token=True).values():
+        assert value.token_logps is not None
+        assert len(value.token_logps) == value.num_tokens
+        assert sum(value.token_logps) == pytest.approx(value.logps, abs=1e-5)
+    assert {key: value[:4] for key, value in store.read(plain).items()} == {key: v[:4] for key, v in plain.items()}
+
+    pairs = [TokenizedPair(str(i), item.prompt_ids, *item.responses) for i, item in enumerate(items)]
+    logps = ReferenceTable(store, pairs, tails=True).logps([1, 0])
+    for i, pair in enumerate((pairs[1], pairs[0])):
+        shorter = min(len(pair.chosen_ids), len(pair.rejected_ids))
+        for ids_of_side, tail in ((pair.chosen_ids, logps.chosen_tail), (pair.rejected_ids, logps.rejected_tail)):
+            tokens = with_tokens[response_key(pair.prompt_ids, ids_of_side)].token_logps or ()
+            assert tail is not None
+            assert tail[i].item() == pytest.approx(sum(tokens[shorter:]), abs=1e-5)
 
 
 def test_a_pair_that_is_not_in_the_store_is_an_error(tmp_path: Path):

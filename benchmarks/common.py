@@ -1,0 +1,178 @@
+"""What the benchmarks share: the model and the pairs, a clock, turns of the contenders, and how results are written."""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SHARED = Path(os.environ.get("DPO_RAY_SHARED") or Path(__file__).parents[2] / "shared")
+DATA = {"hh": "data/hh_rlhf/helpful-base.test.jsonl.gz", "tldr": "data/tldr_judged/pairs.jsonl.gz"}
+PAIRS_PER_STEP = 16
+MAX_TOKENS = 512
+
+
+def arguments(description: str, *, pairs: int, repeats: int) -> argparse.ArgumentParser:
+    """The options that the benchmarks on real pairs have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=pairs)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--data", choices=sorted(DATA), default="hh")
+    parser.add_argument("--data-path", help="pairs of your own instead")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def data_of(options: argparse.Namespace) -> str:
+    """The file of the pairs; ends the benchmark where there is none."""
+    data = options.data_path or str(SHARED / DATA[options.data])
+    if not Path(data).exists():
+        print(f"no pairs at {data}: give --data-path")
+        sys.exit(0)
+    return data
+
+
+def recipe(model: Path, data: str, storage: Path, num_pairs: int, **overrides: Any) -> Any:
+    """The run of the benchmarks: 16 pairs a step, at most 512 tokens, fp32; overrides as `engine__zero_stage=2`."""
+    from dpo_ray.config import parse_run
+    from dpo_ray.prepare import resolve
+
+    tree = {
+        "name": "bench",
+        "storage": {"path": str(storage)},
+        "model": {"path": str(model)},
+        "data": {
+            "sources": [{"path": data}],
+            "max_tokens": MAX_TOKENS,
+            "num_pairs": num_pairs,
+            "eval": {"num_pairs": 0},
+        },
+        "batch": {"pairs_per_step": PAIRS_PER_STEP, "tokens_per_device": 4096},
+        "optim": {"learning_rate": 1e-5, "warmup_ratio": 0.0, "schedule": "constant"},
+        "engine": {"precision": "fp32", "zero_stage": 0},
+        "tracking": {"kind": "none"},
+    }
+    return resolve(parse_run(tree, {key.replace("__", "."): value for key, value in overrides.items()}))
+
+
+def make_model(folder: Path, data: str) -> None:
+    """A Llama with a body of about 25 M random parameters and a vocabulary of 8,000 trained on the text of the pairs.
+
+    The output layer then has about the share of the work that it has in a model of 1 to 8 B parameters.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from dpo_ray.config import DataConfig, SourceConfig
+    from dpo_ray.data.formats import transcript
+    from dpo_ray.data.mixture import load_pool
+
+    def texts(pair: Any) -> list[str]:
+        sides = (pair.prompt, pair.chosen, pair.rejected)
+        return [side if isinstance(side, str) else transcript(side) for side in sides]
+
+    pool = load_pool(DataConfig(sources=(SourceConfig(path=data),)))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator((text for pair in pool.train for text in texts(pair)), trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+class Clock:
+    """Seconds of this process's CPU, by part: other work on the machine does not count."""
+
+    def __init__(self) -> None:
+        self._last = time.process_time()
+        self.parts: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        now = time.process_time()
+        self.parts[part], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def peak_memory_gib() -> float:
+    """Of this process, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def in_turns(file: str, contenders: Sequence[str], repeats: int, *arguments: str) -> dict[str, list[dict[str, Any]]]:
+    """Each contender in a process of its own, one after another, `repeats` times over.
+
+    Such a process is called with `--contender NAME` and prints its result as JSON in its last line.
+    """
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for repeat in range(repeats):
+        for name in contenders:
+            command = [sys.executable, file, "--contender", name, *arguments]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+            results[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(f"{repeat + 1}/{repeats} {name}: {results[name][-1]}", file=sys.stderr)
+    return results
+
+
+def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
+    """Median, least and largest: `1.63x (1.60x to 1.66x)`."""
+    told = [f"{value:.{digits}f}{unit}" for value in (statistics.median(values), min(values), max(values))]
+    return f"{told[0]} ({told[1]} to {told[2]})"
+
+
+def ratios(of: Sequence[float], to: Sequence[float]) -> list[float]:
+    """Repeat by repeat: what ran close together is compared."""
+    return [a / b for a, b in zip(of, to, strict=True)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(name: str, options: Mapping[str, Any], runs: Any, markdown: str, *, device: str | None = None) -> None:
+    """`results/NAME.json` and `.md`: command, machine, versions, and the table, which is printed too."""
+    versions = {}
+    for package in ("dpo-ray", "trl", "torch", "transformers", "deepspeed", "ray"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    asked = {key: value for key, value in options.items() if value is not None and key not in ("contender", "folder")}
+    command = " ".join([f"{name.partition('-')[0]}.py", *(f"--{k.replace('_', '-')} {v}" for k, v in asked.items())])
+    machine = device or f"{platform.machine()}, {os.cpu_count()} cores"
+    out = Path(__file__).parent / "results"
+    out.mkdir(exist_ok=True)
+    record = {"command": command, "machine": machine, "versions": versions, "runs": runs}
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    told = "; ".join([machine, ", ".join(f"{k} {v}" for k, v in versions.items())])
+    (out / f"{name}.md").write_text(f"`{command}`\n\n{told}\n\n{markdown}\n")
+    print(markdown)
