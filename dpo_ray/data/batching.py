@@ -39,6 +39,12 @@ class Lengths(NamedTuple):
         """Places of one of the item's rows in the padded layout."""
         return self.prompt + max(self.responses) - 1
 
+    @property
+    def attended(self) -> int:
+        """Pairs of tokens of which one sees the other, itself included, the prompt's once."""
+        fed = [n - 1 for n in self.responses]
+        return self.prompt * (self.prompt + 1) // 2 + sum(n * self.prompt + n * (n + 1) // 2 for n in fed)
+
 
 def lengths_of(pair: TokenizedPair) -> Lengths:
     return Lengths(len(pair.prompt_ids), (len(pair.chosen_ids), len(pair.rejected_ids)))

@@ -28,7 +28,7 @@ from dpo_ray.attention import (
     spans_of,
     visible_pairs,
 )
-from dpo_ray.data.batching import Row, make_batch
+from dpo_ray.data.batching import Lengths, Row, make_batch
 from dpo_ray.models import PairModel, usable_layout
 from dpo_ray.pairs import PairBatch, PromptBranches
 
@@ -148,6 +148,14 @@ def test_the_rule_is_a_walk_back_along_the_path(lengths_and_cut: Any, window: in
     lengths, cut = lengths_and_cut
     batch = batch_of(lengths, [row for row in (list(range(cut)), list(range(cut, len(lengths)))) if row])
     assert torch.equal(visible_pairs(places_of(batch), window), by_walking_back(batch, window))
+
+
+@given(lengths_and_cut=batches)
+@settings(max_examples=20, deadline=None)
+def test_what_an_item_attends_is_counted_from_its_lengths(lengths_and_cut: Any):
+    lengths, _ = lengths_and_cut
+    batch = batch_of(lengths)
+    assert int(visible_pairs(places_of(batch), None).sum()) == sum(Lengths(*item).attended for item in lengths)
 
 
 @given(lengths_and_cut=batches, window=st.sampled_from([None, 1, 3, 8]), block=st.sampled_from([1, 2, 4, 16]))
