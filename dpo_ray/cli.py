@@ -336,7 +336,7 @@ class Live:
             self._progress.stop()
 
     def phase(self, text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, text: str, done: int, total: int) -> None:
         if self._is_terminal:
@@ -348,8 +348,9 @@ class Live:
             console.print(f"{text} {done}/{total}", highlight=False)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        if "alarm" in line:
-            console.print(f"step {line['step']}: {line['alarm']}", style="yellow", highlight=False)
+        told = line.get("alarm") or line.get("event")
+        if told:
+            console.print(f"step {line['step']}: {told}", style="yellow", markup=False, highlight=False, soft_wrap=True)
             return
         told = brief(line)
         if self._is_terminal and "eval/loss" not in line:

@@ -454,6 +454,13 @@ class TrainConfig(Config):
     log_every_steps: int = Field(default=10, ge=1)
     """A line of training metrics every so many steps (and at step 1)."""
 
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or leave the step out. Its pairs are in `bad_steps.jsonl` either
+    way. What the fp16 loss scaler handles is no such case."""
+
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """Most steps that `skip` leaves out (counted anew at every start of the workers); then the run stops."""
+
 
 class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -509,6 +516,13 @@ class CheckpointConfig(Config):
     every_steps: int = Field(default=50, ge=1)
     """Save every so many steps, at every new best evaluation, and at the end."""
 
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Save also when this much time has passed since the last checkpoint."""
+
+    stop_seconds: float = Field(default=120.0, gt=0)
+    """Time for a checkpoint after SIGINT or SIGTERM; then the command ends anyway, and `--resume` goes on from the one
+    before. Kubernetes allows 30 s unless `terminationGracePeriodSeconds` says more."""
+
     keep: int = Field(default=2, ge=1)
     """Checkpoints kept: the best by the early-stopping metric; the last is always kept besides."""
 
@@ -517,11 +531,37 @@ class ClusterConfig(Config):
     num_workers: int = Field(default=1, ge=1)
     """Ray Train workers: one per GPU, or per group of CPU cores."""
 
+    min_workers: int | None = Field(default=None, ge=1)
+    """Go on with as few as this many when nodes are lost, and with up to `num_workers` again when nodes come; null:
+    always `num_workers`, so a lost node is waited for."""
+
     gpus_per_worker: Literal["auto"] | float = "auto"
     """`auto`: 1 where the cluster has GPUs, else 0."""
 
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPU cores, and torch threads, of a worker."""
+
+    max_restarts: int = Field(default=3, ge=0)
+    """Times that Ray may start the workers again after one died; the run then fails, and `--resume` continues it."""
+
+    max_preemptions: int = Field(default=100, ge=0)
+    """The same for nodes that were taken away with a notice."""
+
+    wait_minutes: float = Field(default=30.0, gt=0)
+    """Longest wait for nodes that can hold the workers, at the start and after each loss; then the run fails."""
+
+    hang_minutes: float = Field(default=30.0, gt=0)
+    """When no worker has come on for this long, those that hold up the others are named, and all start again. Must be
+    longer than loading the model, one pass over a micro-batch, or writing a checkpoint."""
+
+    resize_seconds: float = Field(default=60.0, ge=0)
+    """How often a run with `min_workers` looks whether it can grow or must shrink."""
+
+    @model_validator(mode="after")
+    def _the_fewest_are_not_the_most(self) -> "ClusterConfig":
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers is more than num_workers ({self.num_workers})")
+        return self
 
 
 class TrackingConfig(Config):

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_ray import pulse
 from dpo_ray.config import EngineConfig, OptimConfig
+from dpo_ray.engine_state import EngineState
 from dpo_ray.models import PairModel, ResponseLogps
 from dpo_ray.pairs import PairBatch
-
-TAG = "zero"
-"""DeepSpeed's name for the one checkpoint in a folder."""
 
 
 def deepspeed_config(engine: EngineConfig, optim: OptimConfig) -> dict[str, Any]:
@@ -102,11 +101,13 @@ class ZeroEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(engine, optim)
         )
+        self._state = EngineState(self._engine, optimizer, model, engine.zero_stage)
         self.device: torch.device = torch.device(self._engine.device)
 
     def __call__(self, batch: PairBatch) -> ResponseLogps:
         """Log-probs of a batch's responses. Every rank must call it as often as the others."""
         result: ResponseLogps = self._engine(batch.to(self.device))
+        pulse.beat()
         return result
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -120,7 +121,10 @@ class ZeroEngine:
         self._engine.backward(loss * torch.distributed.get_world_size())
 
     def step(self, step: int) -> dict[str, float]:
-        """Take optimizer step `step` (from 1): returns `grad_norm` (before clipping) and `learning_rate`."""
+        """Take optimizer step `step` (from 1): returns `grad_norm` (before clipping) and `learning_rate`.
+
+        Where the gradient is not finite the weights stay as they are, the gradient is dropped, and so says `grad_norm`.
+        """
         rate = learning_rate(self._optim, step, self._num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -128,6 +132,8 @@ class ZeroEngine:
             # DeepSpeed leaves the norm unknown here, so we clip: the gradients are whole on every rank.
             limit = self._optim.max_grad_norm or math.inf
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+            if not math.isfinite(norm):
+                self._optimizer.zero_grad(set_to_none=True)  # a parameter without a gradient is not stepped
             self._engine.step()
         else:
             self._engine.step()
@@ -180,18 +186,12 @@ class ZeroEngine:
         return weights
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shards of weights and optimizer. Every rank must call it."""
-        self._engine.save_checkpoint(
-            str(folder), tag=TAG, exclude_frozen_parameters=self.model.has_adapter, save_latest=False
-        )
+        """Write this rank's part of weights and optimizer. Every rank must call it."""
+        self._state.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same number of workers. Every rank must call it."""
-        path, _ = self._engine.load_checkpoint(
-            str(folder), tag=TAG, load_lr_scheduler_states=False, load_module_strict=not self.model.has_adapter
-        )
-        if path is None:
-            raise FileNotFoundError(f"no engine state in {folder}")
+        """Read what `save` wrote, at any number of workers. Every rank must call it."""
+        self._state.load(folder)
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

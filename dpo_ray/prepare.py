@@ -226,8 +226,13 @@ RESUMABLE_KEYS = (
     "train.epochs",
     "train.max_steps",
     "train.log_every_steps",
+    "train.on_non_finite",
+    "train.max_skipped_steps",
     "batch.tokens_per_device",
     "batch.row_tokens",
+    "engine.zero_stage",
+    "engine.offload_optimizer",
+    "engine.activation_checkpointing",
     "reference.store",
 )
 

@@ -64,12 +64,18 @@ class Folder:
 
     def names(self, recursive: bool = False) -> list[str]:
         """Files below this folder, relative and sorted, without unfinished writes; none if it does not exist."""
+        return sorted(self.sizes(recursive))
+
+    def sizes(self, recursive: bool = True) -> dict[str, int]:
+        """Files below this folder with their bytes; otherwise as `names`."""
         filesystem, inner = self._at()
         found = filesystem.get_file_info(fs.FileSelector(inner, recursive=recursive, allow_not_found=True))
-        files = (PurePosixPath(f.path) for f in found if f.type == fs.FileType.File)
         root = PurePosixPath(inner.lstrip("/"))
-        relative = (str(PurePosixPath(str(f).lstrip("/")).relative_to(root)) for f in files)
-        return sorted(name for name in relative if not PurePosixPath(name).name.startswith(".tmp-"))
+        return {
+            str(PurePosixPath(file.path.lstrip("/")).relative_to(root)): file.size
+            for file in found
+            if file.type == fs.FileType.File and not file.base_name.startswith(".tmp-")
+        }
 
     def folders(self) -> list[str]:
         """Folders directly below this one."""
@@ -81,6 +87,13 @@ class Folder:
         filesystem, inner = self._at(name)
         with filesystem.open_input_stream(inner, compression=None) as stream:
             return bytes(stream.read())
+
+    def chunks(self, name: str, num_bytes: int = 2**24) -> Iterator[bytes]:
+        """The content of a file that need not fit into memory."""
+        filesystem, inner = self._at(name)
+        with filesystem.open_input_stream(inner, compression=None) as stream:
+            while chunk := stream.read(num_bytes):
+                yield chunk
 
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
@@ -111,15 +124,23 @@ class Folder:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def append(self, name: str, line: str) -> None:
-        """Add a line. Object stores cannot append, so there the whole (small) file is written again."""
+        """Add a line; one that a crash has cut short is taken away first.
+
+        Object stores cannot append, so there the whole (small) file is written again.
+        """
         if self.is_local:
             path = Path(self.path) / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with path.open("ab+") as file:
+                if file.tell() > 0:
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":
+                        file.seek(0)
+                        file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(line.encode() + b"\n")
         else:
             before = self.read(name) if self.exists(name) else b""
-            self.write(name, before + line.encode() + b"\n")
+            self.write(name, before[: before.rfind(b"\n") + 1] + line.encode() + b"\n")
 
     def delete(self, name: str = "") -> None:
         """Remove a file or folder; nothing happens if it is not there."""

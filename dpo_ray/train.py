@@ -13,18 +13,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray.train
+import ray.train.collective
 import torch
+from ray.train import CheckpointUploadMode
 
-from dpo_ray import checkpoint
+from dpo_ray import attempts, checkpoint, manifest, pulse
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
 from dpo_ray.data.encode import TokenFiles, TokenTable
 from dpo_ray.engine import ZeroEngine, sharded_loading
 from dpo_ray.errors import RunFailed
+from dpo_ray.lease import holds
 from dpo_ray.logps import tail_sums
 from dpo_ray.losses import Loss, PairLogps, PairTerms, loss_function, match_gaps
 from dpo_ray.metrics import MetricSums, held_out_names, means, means_with_interval, pair_sums
@@ -37,18 +40,21 @@ from dpo_ray.models import (
     policy_source,
     usable_layout,
 )
+from dpo_ray.notices import Notice, Watch, is_close
 from dpo_ray.pairs import PairBatch, TokenizedPair
 from dpo_ray.prepare import step_order
 from dpo_ray.reference import ReferenceStore, ReferenceTable
 from dpo_ray.stopping import Evaluation, best_evaluation, decide, overtraining
-from dpo_ray.storage import Folder, read_lines
+from dpo_ray.storage import Folder, locate, read_lines
+from dpo_ray.uploads import Uploads
 
 METRICS_FILE = "metrics.jsonl"
-STOP_FILE = ".stop"
-"""The driver writes it to ask for a checkpoint and an end."""
 
-REMOTE_POLL_S = 2.0
-"""How often an object store is asked for it; a local disk is at every step."""
+BAD_FILE = "bad_steps.jsonl"
+"""Pairs of the steps whose loss or gradient was not finite."""
+
+LEAVE_MARGIN_S = 20.0
+"""A node that goes within this time, and the time of two checkpoints, gets the last one now."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +68,34 @@ class TrainJob:
     """None for a loss without a reference."""
     reference_is_start: bool
     """The reference is the model before training, so the first loss must be ln 2."""
+    lease: str
+    """Token of the attempt; the workers stop when the run folder holds another."""
 
 
 def train_loop(job: TrainJob) -> dict[str, Any]:
     """Train on this worker; returns the workers' part of `summary.json`."""
     run, context = job.run, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    if rank == 0 and not holds(Folder(run.folder), job.lease):
+        raise RunFailed(f"another attempt holds the run {run.folder}: this one does not start")
     torch.set_num_threads(max(1, int(run.cluster.cpus_per_worker)))
     order = step_order(run, job.train_pairs.num_pairs)
+    pulse.enter("loading")
     with sharded_loading(run.engine, run.optim):
         model = load_policy(run.model, run.engine.precision, run.train.seed)
-    worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size)
+    worker = Worker(ZeroEngine(model, run.engine, run.optim, order.num_steps), run, rank, world_size, job.lease)
     tails = "tails" in worker.loss.needs
     train = PairSet(job.train_pairs, job.reference, worker.batch, tails)
     evaluation = PairSet(job.held_out_pairs, job.reference, worker.batch, tails)
 
     torch.manual_seed(run.train.seed + rank)
-    state = restore(worker.engine, rank, world_size)
+    pulse.enter("restoring")
+    state, faults = restore(worker.engine, run, rank, world_size)
     resumed_from, state.stop_reason = state.step or None, None
     log = RunLog(run.folder, rank, state.step)
+    log.started(state.step, world_size)
+    for fault in faults:
+        log.write({"step": state.step, "alarm": f"checkpoint not used, {fault}"})
     if worker.batch.layout == "padded" != run.batch.layout:
         log.write({"step": state.step, "alarm": "this architecture needs padded rows: every prompt is computed twice"})
     if state.step == 0:
@@ -91,10 +106,11 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         step = state.step + 1
         is_last = step == order.num_steps
         is_logged = step == 1 or step % run.train.log_every_steps == 0 or is_last
-        sums = worker.step(train, order.pairs_of(step), step, is_timed=is_logged and step > 1)
+        timed = is_logged and step > 1
+        sums, notices = worker.step(train, order.pairs_of(step), step, is_timed=timed)  # of a skipped step, its cost
         state.add_step(sums, time.perf_counter() - began)
 
-        if is_logged:
+        if is_logged and state.since_log["num_pairs"] > 0:
             line = means(state.since_log) | worker.last_step
             state.train_lines.append(Evaluation(step, line))
             state.since_log = {}
@@ -112,16 +128,25 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
             if alarm is not None and not state.alarms:
                 state.alarms.append(alarm)
                 log.write({"step": step, "alarm": alarm})
-        if sums["stop_requested"] > 0:
+        if Notice.STOP in notices:
             state.stop_reason = "interrupted"
+        going = worker.ask_about_nodes() if Notice.LOOK in notices else None
 
         best = best_evaluation(state.evaluations, run.best_metric)
         is_best = evaluated and best is not None and best.step == step
-        if is_best or is_last or state.stop_reason is not None or step % run.checkpoint.every_steps == 0:
-            save(worker, job, state, is_best)
+        is_due = (
+            step % run.checkpoint.every_steps == 0 or Notice.SAVE in notices or (going is not None and going.is_due)
+        )
+        if is_best or is_last or state.stop_reason is not None or is_due:
+            worker.timed_save(job, state, is_best)
         elif evaluated:
-            ray.train.report(report_metrics(state))
+            ray.train.report(report_metrics(state), checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+        if going is not None and going.is_due:
+            log.write({"step": step, "event": going.told})
+            if going.is_now and not is_last and state.stop_reason is None:
+                wait_to_be_ended()
 
+    pulse.enter(pulse.FLUSHING)
     return {
         "state": dataclasses.asdict(state),
         "resumed_from_step": resumed_from,
@@ -131,6 +156,16 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         "pairs_seen": order.pairs_before(state.step),
         "num_steps": order.num_steps,
     }
+
+
+class Departure(NamedTuple):
+    """A node that will be taken away."""
+
+    is_due: bool
+    """A checkpoint is due: this is the first notice, or the last moment."""
+    is_now: bool
+    """It is the last moment: steps after this one would be lost."""
+    told: str
 
 
 class PairSet:
@@ -159,7 +194,9 @@ class PairSet:
 class Worker:
     """The engine with a loss: forward passes over planned pairs, for training and for evaluation alike."""
 
-    def __init__(self, engine: ZeroEngine, run: RunConfig, rank: int, world_size: int) -> None:
+    def __init__(
+        self, engine: ZeroEngine, run: RunConfig, rank: int, world_size: int, lease: str | None = None
+    ) -> None:
         self.engine, self.rank, self.world_size = engine, rank, world_size
         self.last_step: dict[str, float] = {}
         self.times = StepTimes(engine)
@@ -167,42 +204,98 @@ class Worker:
         layout = usable_layout(engine, engine.model, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
         self.loss = loss_function(**run.loss.model_dump())
-        self._folder, self._polled = Folder(run.folder), 0.0
+        self._folder = Folder(run.folder)
+        minutes = run.checkpoint.every_minutes
+        self._watch = Watch(self._folder, rank, lease, None if minutes is None else minutes * 60)
+        self.uploads, self._save_seconds = Uploads(), 0.0
+        self._knows_departure, self._num_skipped = False, 0
 
-    def step(self, pair_set: PairSet, numbers: Sequence[int], step: int, *, is_timed: bool = False) -> dict[str, float]:
-        """One optimizer step on the pairs `numbers`: the exact mean gradient over them. Returns reduced sums.
+    def step(
+        self, pair_set: PairSet, numbers: Sequence[int], step: int, *, is_timed: bool = False
+    ) -> tuple[dict[str, float], Notice]:
+        """One optimizer step on the pairs `numbers`: the exact mean gradient over them.
+
+        Returns:
+            Reduced sums, and what rank 0 has seen come in from outside.
 
         Args:
             is_timed: Take this step's times apart into `times`; all ranks must agree.
 
         Raises:
-            RunFailed: Loss or gradient is not finite; nothing of this step is saved, its pairs are written to
-                `bad_step.json`. An overflow that the fp16 loss scaler handles is no such case.
+            RunFailed: Loss or gradient is not finite, and the recipe says stop or too many steps were skipped; or
+                another attempt has taken the run over. Nothing of this step is saved.
         """
+        pulse.enter(f"forward and backward of step {step}")
         self.engine.train(True)
         self.times.begin(is_timed)
         sums = self._pass(pair_set, numbers, divide_by=len(numbers))
-        sums.add({"stop_requested": self._stop_requested()})
+        pulse.enter(f"sums of step {step}")
+        seen = float(self._watch.notices())
+        sums.add({"notices": torch.tensor(seen, dtype=torch.float64, device=self.engine.device)})
         with self.times.of("communication"):
             reduced = sums.reduced()
-        self._require_finite("loss", reduced["loss"], pair_set, numbers, step)
+        notices = Notice(int(reduced.pop("notices")))
+        if Notice.FENCED in notices:
+            raise RunFailed(f"another attempt holds the run {self._run.folder}: this one stops at step {step - 1}")
+        is_loss_finite = math.isfinite(reduced["loss"])
+        if not is_loss_finite and self._run.train.on_non_finite == "stop":
+            self._record_bad("loss", pair_set, numbers, step)
+        pulse.enter(f"optimizer step {step}")
         with self.times.of("optimizer"):
-            self.last_step = self.engine.step(step)
+            told = self.engine.step(step)
         self.times.begin(False)
-        if self._run.engine.precision != "fp16":
-            self._require_finite("gradient", self.last_step["grad_norm"], pair_set, numbers, step)
-        return reduced
+        is_taken = math.isfinite(told["grad_norm"])
+        if is_loss_finite and (is_taken or self._run.engine.precision == "fp16"):  # fp16: its loss scaler's business
+            self.last_step = told
+            return reduced, notices
+        self._record_bad("gradient" if is_loss_finite else "loss", pair_set, numbers, step)
+        if is_taken:
+            raise RunFailed(
+                f"the loss of step {step} is not finite but its gradient is: the step was taken; {BAD_FILE}"
+            )
+        self._num_skipped += 1
+        if self._num_skipped > self._run.train.max_skipped_steps:
+            raise RunFailed(
+                f"{self._num_skipped} steps were skipped, more than `train.max_skipped_steps`; their pairs are in "
+                f"{self._run.folder}/{BAD_FILE}"
+            )
+        costs = {name: reduced[name] for name in ("tokens", "slots", "filled")}
+        return dict.fromkeys(reduced, 0.0) | costs, notices
 
-    def _require_finite(self, name: str, value: float, pair_set: PairSet, numbers: Sequence[int], step: int) -> None:
-        if math.isfinite(value):
-            return
+    def _record_bad(self, name: str, pair_set: PairSet, numbers: Sequence[int], step: int) -> None:
+        """Write the pairs of a step whose numbers are not finite; with `stop`, raise."""
         if self.rank == 0:
             ids = [pair_set.pairs[number].pair_id for number in numbers]
-            self._folder.write_json("bad_step.json", {"step": step, "pair_ids": ids})
-        raise RunFailed(f"the {name} of step {step} is not finite; its pairs are in {self._run.folder}/bad_step.json")
+            self._folder.append(BAD_FILE, json.dumps({"step": step, "not_finite": name, "pair_ids": ids}))
+        if self._run.train.on_non_finite == "stop":
+            raise RunFailed(f"the {name} of step {step} is not finite; its pairs are in {self._run.folder}/{BAD_FILE}")
+
+    def timed_save(self, job: TrainJob, state: TrainState, is_best: bool) -> None:
+        """`save`, once the upload before has ended, with a clock: what training waits for is the checkpoints' cost."""
+        pulse.enter(f"checkpoint of step {state.step}")
+        began = time.perf_counter()
+        self.uploads.begin()
+        save(self, job, state, is_best)
+        self._watch.saved()
+        self._save_seconds = time.perf_counter() - began
+        state.checkpoint_seconds += self._save_seconds
+
+    def ask_about_nodes(self) -> Departure | None:
+        """Whether a node of this run will be taken away. Every rank must call it."""
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return None
+        margin = LEAVE_MARGIN_S + 2 * (self._save_seconds + self.uploads.seconds)
+        is_now: bool = ray.train.collective.broadcast_from_rank_zero(is_close(info.deadline_ms, margin))
+        is_new, self._knows_departure = not self._knows_departure, True
+        ranks = ", ".join(map(str, info.preempted_ranks))
+        left = "" if info.deadline_ms is None else f" in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
+        told = f"the node of worker {ranks} will be taken away{left}: saved" + (", waiting" if is_now else "")
+        return Departure(is_new or is_now, is_now, told)
 
     def evaluate(self, pair_set: PairSet) -> dict[str, float]:
         """Reduced sums over all pairs of a set."""
+        pulse.enter("evaluation")
         self.engine.train(False)
         with torch.no_grad():
             return self._pass(pair_set, range(len(pair_set.pairs)), divide_by=None).reduced()
@@ -298,13 +391,6 @@ class Worker:
                 f"is {self._run.reference.store} of this model?"
             )
 
-    def _stop_requested(self) -> torch.Tensor:
-        """1 where the driver asked for an end; rank 0 looks, and the sum tells all."""
-        now, asked = time.monotonic(), False
-        if self.rank == 0 and (self._folder.is_local or now - self._polled > REMOTE_POLL_S):
-            self._polled, asked = now, self._folder.exists(STOP_FILE)
-        return torch.tensor(float(asked), dtype=torch.float64, device=self.engine.device)
-
     def peak_memory_gib(self) -> float:
         """Largest peak over ranks: of the GPU's memory, or of the process on a CPU."""
         if torch.cuda.is_available():
@@ -364,32 +450,95 @@ class RunLog:
 
     def __init__(self, folder: str, rank: int, step: int) -> None:
         self._folder, self._writes = Folder(folder), rank == 0
+        self._reached = step
         if self._writes and self._folder.exists(METRICS_FILE):
-            lines = self._folder.read(METRICS_FILE)
-            kept = [json.dumps(line) + "\n" for line in read_lines(lines) if line["step"] <= step]
+            lines = list(read_lines(self._folder.read(METRICS_FILE)))
+            self._reached = max([step, *(line["step"] for line in lines)])
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
             self._folder.write(METRICS_FILE, "".join(kept).encode())
+
+    def started(self, step: int, world_size: int) -> None:
+        """Record that the workers begin, and tell why if it is not for the first time."""
+        if not self._writes:
+            return
+        cause = attempts.why_again(attempts.history(self._folder))
+        attempts.record(self._folder, attempts.START, step=step, reached=self._reached, world_size=world_size)
+        if cause is not None:
+            again = f"went on from step {step} with {world_size} worker{'s' if world_size > 1 else ''}: {cause}"
+            self.write({"step": step, "event": again})
 
     def write(self, line: dict[str, Any]) -> None:
         if self._writes:
             self._folder.append(METRICS_FILE, json.dumps(line))
 
 
-def restore(engine: ZeroEngine, rank: int, world_size: int) -> TrainState:
-    """Continue from the last checkpoint of this run, if there is one."""
-    last = ray.train.get_checkpoint()
-    if last is None:
-        return TrainState(world_size=world_size)
-    with last.as_directory() as path:
-        folder = Path(path)
-        state = checkpoint.load_state(folder, world_size)
-        engine.load(folder)
-        checkpoint.load_rng(folder, rank)
-        torch.distributed.barrier()  # remote storage removes the folder when the first rank leaves
+def wait_to_be_ended() -> None:
+    """Ray Train ends all workers when the node goes, at its deadline at the latest; returning would end the run."""
+    pulse.enter(pulse.LEAVING)
+    while True:
+        time.sleep(1)
+
+
+def restore(engine: ZeroEngine, run: RunConfig, rank: int, world_size: int) -> tuple[TrainState, list[str]]:
+    """Continue from the newest checkpoint of this run whose files are all as they were written, on all ranks the same.
+
+    Returns:
+        Progress, and what is wrong with newer checkpoints.
+
+    Raises:
+        InputError: The run had checkpoints, and none is whole.
+    """
+    faults: list[str] = []
+    had_any = False
+    for found, stored in _from_rank_0(_stored_checkpoints(Folder(run.folder)) if rank == 0 else []):
+        wrong = [found.fault]
+        if found.manifest is not None:
+            with stored.as_directory() as folder:
+                files = list(found.manifest.files.items())
+                wrong = _from_all_ranks(manifest.changed(Folder(folder), files[rank::world_size]))
+                if not wrong:
+                    return _load(engine, Path(folder), run.train.seed, rank, world_size), faults
+        had_any |= found.was_whole
+        faults.append(f"{found.name}: {', '.join(wrong)}")
+    if had_any:
+        raise checkpoint.none_is_whole(Folder(run.folder), faults)
+    return TrainState(world_size=world_size), faults
+
+
+def _load(engine: ZeroEngine, folder: Path, seed: int, rank: int, world_size: int) -> TrainState:
+    state = checkpoint.load_state(folder)
+    state.world_size = world_size
+    engine.load(folder)
+    checkpoint.load_rng(folder, rank, seed=seed, step=state.step)
+    torch.distributed.barrier()  # remote storage removes the folder when the first rank leaves
     return state
 
 
+def _stored_checkpoints(folder: Folder) -> list[tuple[checkpoint.Found, ray.train.Checkpoint]]:
+    """Newest first, each with Ray's handle, which downloads once for all ranks of a node."""
+    found = []
+    for one in checkpoint.find(folder):
+        filesystem, path = locate(f"{folder.path}/{checkpoint.CHECKPOINTS}/{one.name}")
+        found.append((one, ray.train.Checkpoint(path, filesystem=filesystem)))
+    return found
+
+
+def _from_rank_0(value: Any) -> Any:
+    """What rank 0 passes, on every rank."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _from_all_ranks(values: list[str]) -> list[str]:
+    """All ranks' values, in the order of the ranks."""
+    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]
+
+
 def save(worker: Worker, job: TrainJob, state: TrainState, is_best: bool) -> None:
-    """Report a checkpoint: every rank its shards, rank 0 also the progress and the model in Hugging Face format."""
+    """Report a checkpoint: every rank its part and its manifest, rank 0 also progress and the Hugging Face model."""
     folder = Path(tempfile.mkdtemp())
     worker.engine.save(folder)
     weights = worker.engine.full_weights()
@@ -405,12 +554,17 @@ def save(worker: Worker, job: TrainJob, state: TrainState, is_best: bool) -> Non
         )
         copy_generation_settings(source, model_folder)
         (folder / checkpoint.STATE_FILE).write_text(state.to_json())
+    manifest.seal(folder, worker.rank, worker.world_size, step=state.step, is_best=is_best)
+    # Ray takes rank 0's name for the folder.
+    name = checkpoint.free_name(Folder(job.run.folder), state.step) if worker.rank == 0 else None
     # Ray keeps the highest scores, and the last one: a new best outranks the bests before it, and all that are none.
     score = float(state.step) - (0.0 if is_best else 1e9)
     ray.train.report(
         report_metrics(state) | {"checkpoint_score": score, "is_best": is_best},
         checkpoint=ray.train.Checkpoint.from_directory(folder),
-        checkpoint_dir_name=f"step-{state.step:06d}",
+        checkpoint_dir_name=name,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=worker.uploads,
         delete_local_checkpoint_after_upload=True,
     )
 

@@ -141,6 +141,6 @@ def test_a_worker_that_fails_gives_one_line_and_exit_code_3(recipe: Path, enviro
     assert "is not finite" in told
     assert "Traceback" not in told
     folder = recipe.parent / "runs/broken"
-    assert len(json.loads((folder / "bad_step.json").read_text())["pair_ids"]) == 4
+    assert len(json.loads((folder / "bad_steps.jsonl").read_text())["pair_ids"]) == 4
     assert not (folder / "model").exists()
     assert json.loads((folder / "summary.json").read_text())["status"] == "failed"

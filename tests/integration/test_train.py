@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dpo_ray import manifest
 from dpo_ray.config import RunConfig, parse_run
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.launch import Interrupt, RunResult, Silent, fit
 from dpo_ray.prepare import describe_plan, prepare, reference_source, resolve
+from dpo_ray.storage import Folder
 
 pytestmark = pytest.mark.ray
 
@@ -140,13 +143,79 @@ def test_an_interrupted_run_resumes_bit_for_bit(first: RunResult, shared: Path, 
     assert 3 <= at < STEPS
     assert stopped.summary["model_path"] is None
 
-    with pytest.raises(InputError, match=r"written by 2 workers and `cluster\.num_workers` is 1"):
-        fit(recipe(shared, storage, "resumed", cluster__num_workers=1), resume=True)
     resumed = fit(run, resume=True)
     assert resumed.summary["status"] == "completed"
     assert resumed.summary["resumed_from_step"] == at
     assert losses(resumed.folder) == losses(first.folder)  # every bit, also before the stop
     assert resumed.summary["eval"] == first.summary["eval"]
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_workers_and_on_any_stage(first: RunResult, shared: Path, storage: Path):
+    for workers, stage, until in ((2, 0, 3), (1, 1, 7), (2, 2, 11), (1, 3, STEPS + 1)):
+        stop = StopAt(until)
+        run = recipe(shared, storage, "moving", cluster__num_workers=workers, engine__zero_stage=stage)
+        last = fit(run, resume=True, display=stop, interrupt=stop.interrupt)
+        assert last.summary["world_size"] == workers
+        assert last.summary["status"] == ("interrupted" if until < STEPS else "completed")
+    assert losses(last.folder) == pytest.approx(losses(first.folder), abs=1e-4)
+    assert last.summary["eval"]["loss"] == pytest.approx(first.summary["eval"]["loss"], abs=1e-4)
+
+
+def test_damage_to_any_file_of_a_checkpoint_is_named(first: RunResult, tmp_path: Path):
+    folder = Path(first.folder) / "checkpoints/step-000020"
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    assert {"engine.json", "state.json", "rng-00001.safetensors", "shards/00001-0000.safetensors"} < set(names)
+    assert {"manifest-00000.json", "manifest-00001.json", "model/model.safetensors"} < set(names)
+
+    def faults() -> list[str]:
+        here = Folder(str(tmp_path / "copy"))
+        try:
+            return manifest.changed(here, manifest.read(here).files.items())
+        except manifest.Damaged as fault:
+            return [str(fault)]
+
+    shutil.copytree(folder, tmp_path / "copy")
+    assert faults() == []
+    for name in names:
+        file = tmp_path / "copy" / name
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 4
+        for damaged in (content[: len(content) // 2], bytes(flipped), None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
+            assert [fault.partition(" ")[0] for fault in faults()] == [name]
+            file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(first: RunResult, shared: Path, storage: Path):
+    """Two are damaged, so the run goes on from the first; then all are, and it is refused."""
+    run = recipe(shared, storage, "damaged", checkpoint__every_steps=5, checkpoint__keep=9)
+    folder = Path(fit(run).folder)
+    shard = folder / "checkpoints/step-000020/shards/00001-0000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    (folder / "checkpoints/step-000015/engine.json").unlink()
+    shutil.rmtree(folder / "checkpoints/step-000005")  # Ray's list still has it
+
+    again = fit(run, resume=True)
+    assert (again.summary["status"], again.summary["resumed_from_step"]) == ("completed", 10)
+    assert losses(again.folder) == losses(first.folder)
+    told = [line["alarm"] for line in lines(again.folder) if "alarm" in line]
+    assert told == [
+        "checkpoint not used, step-000020: shards/00001-0000.safetensors has changed",
+        "checkpoint not used, step-000015: engine.json is missing",
+    ]
+    names = {path.name for path in (folder / "checkpoints").glob("step-*")}
+    assert {"step-000020", "step-000020-2"} <= names, "the damaged one is not mixed with the new one"
+    for path in (folder / "checkpoints").glob("step-*/shards/00000-0000.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        InputError, match=r"cannot resume: no checkpoint of .*/damaged is whole \(step-000020-2: shards/"
+    ):
+        fit(run, resume=True)
 
 
 def test_a_name_that_exists_is_refused_without_resume(first: RunResult, shared: Path, storage: Path):

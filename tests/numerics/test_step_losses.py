@@ -100,7 +100,7 @@ def worker(rank: int, world_size: int, folder: Path, model: Path) -> None:
 
             table = ReferenceTable(store, pairs(), tails=tails)
             pair_set: Any = SimpleNamespace(pairs=pairs(), reference=table, plan=plan)
-            sums = trainer.step(pair_set, range(NUM_PAIRS), 2)
+            sums, _ = trainer.step(pair_set, range(NUM_PAIRS), 2)
             found[f"{name}/{budget}"] = [sums["loss"] / NUM_PAIRS, trainer.last_step["grad_norm"]]
     assert trainer.times.shares() == {}
     trainer.step(pair_set, range(NUM_PAIRS), 3, is_timed=True)

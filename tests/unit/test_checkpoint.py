@@ -1,8 +1,9 @@
-"""Progress survives the disk exactly, random states go on where they were, and another world size is refused."""
+"""Progress survives the disk exactly, random states go on where they were, and a run's checkpoints are found."""
 
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_ray.checkpoint import STATE_FILE, TrainState, load_rng, load_state, save_rng
+from dpo_ray.checkpoint import (
+    CHECKPOINTS,
+    SNAPSHOT_FILE,
+    TrainState,
+    find,
+    free_name,
+    load_rng,
+    mend_snapshot,
+    save_rng,
+)
 from dpo_ray.errors import InputError
+from dpo_ray.manifest import seal
 from dpo_ray.stopping import Evaluation
+from dpo_ray.storage import Folder
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -22,6 +34,7 @@ def some_state() -> TrainState:
         step=37,
         world_size=2,
         train_seconds=1 / 3,
+        checkpoint_seconds=0.5,
         tokens=12_345_678_901,
         slots=7,
         filled=5,
@@ -58,18 +71,6 @@ def test_states_do_not_share_their_lists():
     assert (other.evaluations, other.since_log) == ([], {})
 
 
-def test_a_checkpoint_of_the_same_world_size_is_loaded(tmp_path: Path):
-    (tmp_path / STATE_FILE).write_text(some_state().to_json())
-    assert load_state(tmp_path, world_size=2) == some_state()
-    assert json.loads((tmp_path / STATE_FILE).read_text())["step"] == 37
-
-
-def test_a_checkpoint_of_another_world_size_is_refused_with_both_named(tmp_path: Path):
-    (tmp_path / STATE_FILE).write_text(some_state().to_json())
-    with pytest.raises(InputError, match=r"step 37 was written by 2 workers and `cluster\.num_workers` is 3"):
-        load_state(tmp_path, world_size=3)
-
-
 def test_every_rank_draws_on_where_it_stopped(tmp_path: Path):
     expected = {}
     for rank in (0, 1):
@@ -78,6 +79,154 @@ def test_every_rank_draws_on_where_it_stopped(tmp_path: Path):
         save_rng(tmp_path, rank)
         expected[rank] = torch.rand(3)
     for rank in (1, 0):
-        load_rng(tmp_path, rank)
+        load_rng(tmp_path, rank, seed=0, step=1)
         assert torch.equal(torch.rand(3), expected[rank])
     assert not torch.equal(expected[0], expected[1])
+
+
+def test_a_rank_without_a_file_draws_by_seed_step_and_rank(tmp_path: Path):
+    def draw(seed: int, step: int, rank: int) -> float:
+        torch.rand(1)  # whatever was drawn before
+        load_rng(tmp_path, rank, seed=seed, step=step)
+        return float(torch.rand(()))
+
+    assert draw(1, 20, 2) == draw(1, 20, 2)
+    assert len({draw(1, 20, 2), draw(2, 20, 2), draw(1, 30, 2), draw(1, 20, 3), draw(1, 2, 2)}) == 5
+
+
+class Run:
+    """A run folder with checkpoints as Ray Train leaves them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.folder = path, Folder(str(path))
+        (path / CHECKPOINTS).mkdir(parents=True)
+
+    def write(self, name: str, step: int, files: int = 2) -> Path:
+        folder = self.path / CHECKPOINTS / name
+        (folder / "shards").mkdir(parents=True)
+        for number in range(files):
+            (folder / f"shards/{number}").write_bytes(b"%d" % step)
+        seal(folder, 0, 1, step=step, is_best=step == 10)
+        return folder
+
+    def snapshot(self, names: list[str]) -> None:
+        """As Ray does, by score; reports are counted by step."""
+        results = [{"version": 0, "checkpoint_dir_name": name, "metrics": {"of": name}} for name in names]
+        reports = [int(name[5:11]) for name in names]
+        latest = results[reports.index(max(reports))]
+        snapshot = {"ray_version": "2.60.0", "checkpoint_results": results, "checkpoint_report_indices": reports}
+        (self.path / CHECKPOINTS / SNAPSHOT_FILE).write_text(
+            json.dumps(snapshot | {"latest_checkpoint_result": latest})
+        )
+
+    def listed(self) -> tuple[list[str], list[int], str]:
+        snapshot = json.loads((self.path / CHECKPOINTS / SNAPSHOT_FILE).read_text())
+        assert snapshot["ray_version"] == "2.60.0"
+        names = [item["checkpoint_dir_name"] for item in snapshot["checkpoint_results"]]
+        return names, snapshot["checkpoint_report_indices"], snapshot["latest_checkpoint_result"]["checkpoint_dir_name"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Three checkpoints, the best first."""
+    run = Run(tmp_path / "run")
+    for step in (10, 20, 30):
+        run.write(f"step-{step:06d}", step)
+    run.snapshot(["step-000020", "step-000030", "step-000010"])
+    return run
+
+
+def test_checkpoints_are_found_newest_first(run: Run):
+    run.write("step-000020-2", 20)
+    run.write("step-1000000", 1_000_000)
+    (run.path / CHECKPOINTS / "something-else").mkdir()
+    found = find(run.folder)
+    names = ["step-1000000", "step-000030", "step-000020-2", "step-000020", "step-000010"]
+    assert [one.name for one in found] == names
+    assert [one.manifest.step for one in found if one.manifest] == [1_000_000, 30, 20, 20, 10]
+    assert [one.manifest.is_best for one in found if one.manifest] == [False, False, False, False, True]
+    assert all(one.was_whole and one.fault == "" for one in found)
+
+
+def test_a_run_that_has_saved_nothing_has_no_checkpoints(tmp_path: Path):
+    assert find(Folder(str(tmp_path / "none"))) == []
+    mend_snapshot(Folder(str(tmp_path / "none")))
+
+
+def test_a_damaged_checkpoint_is_told_from_one_whose_upload_was_cut(run: Run):
+    (run.path / CHECKPOINTS / "step-000030/shards/1").unlink()
+    (run.write("step-000040", 40) / "shards/0").unlink()
+    (run.write("step-000050", 50) / "manifest-00000.json").unlink()
+    cut_again, cut, damaged, *whole = find(run.folder)
+    assert (cut_again.manifest, cut_again.fault, cut_again.was_whole) == (None, "manifest-00000.json is missing", False)
+    assert (cut.manifest, cut.fault, cut.was_whole) == (None, "shards/0 is missing", False)
+    assert (damaged.manifest, damaged.fault, damaged.was_whole) == (None, "shards/1 is missing", True)
+    assert [one.name for one in whole] == ["step-000020", "step-000010"]
+
+
+@pytest.mark.parametrize("name", ["shards/0", "shards/1", "manifest-00000.json"])
+def test_any_part_of_an_upload_is_not_a_checkpoint(run: Run, name: str):
+    (run.write("step-000040", 40) / name).unlink()
+    assert [one.name for one in find(run.folder) if one.manifest] == ["step-000030", "step-000020", "step-000010"]
+
+
+def test_where_rays_list_is_damaged_every_checkpoint_may_have_been_whole(run: Run):
+    (run.write("step-000040", 40) / "shards/0").unlink()
+    (run.path / CHECKPOINTS / SNAPSHOT_FILE).write_text('{"ray_ver')
+    assert find(run.folder)[0].was_whole
+
+
+def test_a_new_checkpoint_never_goes_to_a_folder_that_exists(run: Run):
+    assert free_name(run.folder, 40) == "step-000040"
+    assert free_name(run.folder, 30) == "step-000030-2"
+    run.write("step-000030-2", 30)
+    assert free_name(run.folder, 30) == "step-000030-3"
+    assert free_name(Folder(str(run.path / "none")), 30) == "step-000030"
+
+
+def test_rays_list_stays_as_it_is_where_all_is_well(run: Run):
+    before = (run.path / CHECKPOINTS / SNAPSHOT_FILE).read_bytes()
+    run.write("step-000040", 40)
+    mend_snapshot(run.folder)
+    assert (run.path / CHECKPOINTS / SNAPSHOT_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("gone", "left"),
+    [
+        (["step-000030"], (["step-000020", "step-000010"], [20, 10], "step-000020")),
+        (["step-000020"], (["step-000030", "step-000010"], [30, 10], "step-000030")),
+        (["step-000020", "step-000030"], (["step-000010"], [10], "step-000010")),
+    ],
+)
+def test_deleted_checkpoints_leave_rays_list(run: Run, gone: list[str], left: tuple[list[str], list[int], str]):
+    for name in gone:
+        shutil.rmtree(run.path / CHECKPOINTS / name)
+    mend_snapshot(run.folder)
+    assert run.listed() == left
+
+
+def test_a_list_that_is_of_no_use_is_removed(run: Run):
+    (run.path / CHECKPOINTS / SNAPSHOT_FILE).write_text('{"ray_ver')
+    mend_snapshot(run.folder)
+    assert not (run.path / CHECKPOINTS / SNAPSHOT_FILE).exists()
+    run.snapshot(["step-000099"])
+    mend_snapshot(run.folder)
+    assert not (run.path / CHECKPOINTS / SNAPSHOT_FILE).exists()
+
+
+def test_a_run_whose_checkpoints_are_all_gone_is_not_begun_anew(run: Run):
+    for step in (10, 20, 30):
+        shutil.rmtree(run.path / CHECKPOINTS / f"step-{step:06d}")
+    with pytest.raises(InputError, match=r"cannot resume: no checkpoint of .*/run is whole \(they are gone\)"):
+        mend_snapshot(run.folder)
+
+
+def test_a_run_whose_checkpoints_are_all_cut_is_not_begun_anew(run: Run):
+    for step in (10, 20, 30):
+        (run.path / CHECKPOINTS / f"step-{step:06d}/shards/0").unlink()
+    for content in (None, "{"):
+        if content is not None:
+            (run.path / CHECKPOINTS / SNAPSHOT_FILE).write_text(content)
+        with pytest.raises(InputError, match=r"\(step-000030: shards/0 is missing; step-000020: shards/0 is missing; "):
+            mend_snapshot(run.folder)

@@ -208,3 +208,15 @@ def test_doctor_names_what_is_there():
     assert result.exit_code in (0, 2)
     assert "torch" in result.stdout
     assert "g++" in result.stdout
+
+
+def test_an_event_is_shown_as_it_is_also_with_brackets_in_it(capsys: pytest.CaptureFixture[str]):
+    """Rich would take `[/path]` for a closing tag and fail, and the run with it."""
+    from dpo_ray.cli import Live
+
+    with Live() as display:
+        display.line({"step": 3, "event": "went on: [/a/b.cc:537] reset by peer"})
+        display.phase("held by [/x]")
+    told = capsys.readouterr().err
+    assert "step 3: went on: [/a/b.cc:537] reset by peer" in told
+    assert "held by [/x]" in told

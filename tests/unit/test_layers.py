@@ -15,26 +15,18 @@ LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
     "material": [
-        "storage",
-        "data",
-        "attention",
-        "models",
-        "checkpoint",
-        "tracking",
-        "report",
-        "recipe_reference",
-        "memory",
-        "prepare",
+        *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
+        *("checkpoint", "tracking", "report", "recipe_reference", "memory", "prepare"),
     ],
-    "machinery": ["engine", "reference", "generate"],
-    "procedure": ["train", "evaluate", "acquisition.oracles", "acquisition.rounds"],
-    "launch": ["launch", "sweep", "submit"],
+    "machinery": ["engine", "engine_state", "reference", "generate"],
+    "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
+    "launch": ["launch", "supervise", "sweep", "submit"],
     "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
 WITHOUT_RAY = {"words", "mathematics", "material"}
 
-HOMES = {"deepspeed": {"engine", "checkpoint"}, "mlflow": {"tracking"}}
+HOMES = {"deepspeed": {"engine"}, "mlflow": {"tracking"}}
 
 
 def module_name(path: Path) -> str:
@@ -131,5 +123,15 @@ def test_a_package_itself_imports_nothing(name: str):
 
 def test_a_recipe_is_read_without_torch_ray_or_pandas():
     code = "import dpo_ray.config, sys; print([m for m in ('torch', 'ray', 'pandas', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_training_step_alone_needs_none_of_the_machinery():
+    """`benchmarks/gpu_step.py` runs where only torch and transformers are."""
+    modules = ("attention", "data.batching", "logps", "losses", "metrics", "models", "pairs")
+    heavy = ("ray", "deepspeed", "pyarrow", "mlflow", "pydantic")
+    imports = ", ".join(f"dpo_ray.{name}" for name in modules)
+    code = f"import {imports}, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
