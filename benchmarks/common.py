@@ -8,6 +8,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -113,14 +114,76 @@ class Clock:
         now = time.process_time()
         self.parts[part], self._last = now - self._last, now
 
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
+    def result(self, num_pairs: int) -> dict[str, Any]:
+        """With the peak memory of this process."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {"pairs_per_s": num_pairs / sum(self.parts.values()), "memory_gib": memory, "cpu_s": self.parts}
 
 
-def peak_memory_gib() -> float:
-    """Of this process, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def run_ours(run: Any, attention: Any = None) -> dict[str, Any]:
+    """An epoch: reference pass, planner, ZeRO engine of one worker.
+
+    Args:
+        attention: A `dpo_ray.attention.Attention` to train with, in rows; None: what the package chooses.
+    """
+    import torch
+    from torch.distributed import init_process_group
+
+    from dpo_ray.engine import ZeroEngine
+    from dpo_ray.models import load_policy, policy_source, weights_fingerprint
+    from dpo_ray.prepare import prepare, step_order
+    from dpo_ray.reference import ReferenceStore, ResponseScorer
+    from dpo_ray.train import PairSet, Worker
+
+    prepared = prepare(run)
+    source = policy_source(run.model)
+    store = ReferenceStore(str(run.reference.store), weights_fingerprint(source), "fp32")
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+    order = step_order(run, prepared.train.num_pairs)
+    worker = Worker(ZeroEngine(load_policy(run.model, "fp32", 0), run.engine, run.optim, order.num_steps), run, 0, 1)
+    if attention is not None:
+        worker.engine.model.attend_with(attention)
+        worker.batch = worker.batch.model_copy(update={"layout": "branches"})
+    clock = Clock()
+    store.write(ResponseScorer(source, "fp32", run.batch, store).score([p.branches for p in prepared.train_pairs]))
+    clock.lap("reference")
+    pairs = PairSet(prepared.train, store, worker.batch)
+    for step in range(1, order.num_steps + 1):
+        worker.step(pairs, order.pairs_of(step), step)
+    clock.lap("training")
+    torch.distributed.destroy_process_group()
+    return clock.result(prepared.train.num_pairs)
+
+
+def run_floor(run: Any) -> dict[str, Any]:
+    """As many tokens, prompts once, in full rows with the causal mask; the head on as many as are response tokens."""
+    import torch
+
+    from dpo_ray.logps import token_logps
+    from dpo_ray.models import load_policy
+    from dpo_ray.prepare import prepare
+
+    pairs = prepare(run).train_pairs
+    places = sum(p.num_tokens - 2 for p in pairs)
+    targets = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    model = load_policy(run.model, "fp32", 0)
+    width = 512
+    clock = Clock()
+    for backward in (False, True):
+        left, left_targets = places, targets
+        while left > 0:
+            rows = min(8, max(1, round(left / width)))
+            ids = torch.randint(2, 7000, (rows, width if left >= width else left))
+            share = min(round(ids.numel() * targets / places), ids.numel(), left_targets)
+            with torch.set_grad_enabled(backward):
+                hidden = model.body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:share]
+                logps, *_ = token_logps(hidden, model.head.weight, ids.flatten()[:share])
+            if backward:
+                logps.sum().backward()
+            left, left_targets = left - ids.numel(), left_targets - share
+        clock.lap("training" if backward else "reference")
+    return clock.result(len(pairs))
 
 
 def in_turns(file: str, contenders: Sequence[str], repeats: int, *arguments: str) -> dict[str, list[dict[str, Any]]]:

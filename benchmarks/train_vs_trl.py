@@ -13,7 +13,6 @@ fp32, one CPU thread. Contenders take turns; each run is a process of its own. R
 """
 
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -26,9 +25,10 @@ from common import (
     data_of,
     in_turns,
     make_model,
-    peak_memory_gib,
     ratios,
     recipe,
+    run_floor,
+    run_ours,
     spread,
     table,
     write,
@@ -37,65 +37,7 @@ from common import (
 CONTENDERS = ("floor", "ours", "trl-best", "trl")
 
 
-def run_ours(run: Any) -> None:
-    import torch
-    from torch.distributed import init_process_group
-
-    from dpo_ray.engine import ZeroEngine
-    from dpo_ray.models import load_policy, policy_source, weights_fingerprint
-    from dpo_ray.prepare import prepare, step_order
-    from dpo_ray.reference import ReferenceStore, ResponseScorer
-    from dpo_ray.train import PairSet, Worker
-
-    prepared = prepare(run)
-    source = policy_source(run.model)
-    store = ReferenceStore(str(run.reference.store), weights_fingerprint(source), "fp32")
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
-    order = step_order(run, prepared.train.num_pairs)
-    worker = Worker(ZeroEngine(load_policy(run.model, "fp32", 0), run.engine, run.optim, order.num_steps), run, 0, 1)
-    clock = Clock()
-    store.write(ResponseScorer(source, "fp32", run.batch, store).score([p.branches for p in prepared.train_pairs]))
-    clock.lap("reference")
-    pairs = PairSet(prepared.train, store, worker.batch)
-    for step in range(1, order.num_steps + 1):
-        worker.step(pairs, order.pairs_of(step), step)
-    clock.lap("training")
-    tell(clock, prepared.train.num_pairs)
-    torch.distributed.destroy_process_group()
-
-
-def run_floor(run: Any) -> None:
-    """As many tokens, prompts once, in full rows with the causal mask; the head on as many as are response tokens."""
-    import torch
-
-    from dpo_ray.logps import token_logps
-    from dpo_ray.models import load_policy
-    from dpo_ray.prepare import prepare
-
-    pairs = prepare(run).train_pairs
-    places = sum(p.num_tokens - 2 for p in pairs)
-    targets = sum(len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-    model = load_policy(run.model, "fp32", 0)
-    width = 512
-    clock = Clock()
-    for backward in (False, True):
-        left, left_targets = places, targets
-        while left > 0:
-            rows = min(8, max(1, round(left / width)))
-            ids = torch.randint(2, 7000, (rows, width if left >= width else left))
-            share = min(round(ids.numel() * targets / places), ids.numel(), left_targets)
-            with torch.set_grad_enabled(backward):
-                hidden = model.body(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:share]
-                logps, *_ = token_logps(hidden, model.head.weight, ids.flatten()[:share])
-            if backward:
-                logps.sum().backward()
-            left, left_targets = left - ids.numel(), left_targets - share
-        clock.lap("training" if backward else "reference")
-    tell(clock, len(pairs))
-
-
-def run_trl(run: Any, best: bool) -> None:
+def run_trl(run: Any, best: bool) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
@@ -147,12 +89,7 @@ def run_trl(run: Any, best: bool) -> None:
     clock.lap("reference")  # with precomputed log-probs TRL makes its pass here or at the start of training
     trainer.train()
     clock.lap("training")
-    tell(clock, len(rows))
-
-
-def tell(clock: Clock, num_pairs: int) -> None:
-    result = {"pairs_per_s": num_pairs / clock.total, "memory_gib": peak_memory_gib(), "cpu_s": clock.parts}
-    print(json.dumps(result))
+    return clock.result(len(rows))
 
 
 def main() -> None:
@@ -167,7 +104,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as storage:
             run = recipe(options.folder, data, Path(storage), options.pairs)
             runs = {"floor": run_floor, "ours": run_ours, "trl": lambda r: run_trl(r, best=False)}
-            runs.get(options.contender, lambda r: run_trl(r, best=True))(run)
+            print(json.dumps(runs.get(options.contender, lambda r: run_trl(r, best=True))(run)))
         return
 
     with tempfile.TemporaryDirectory() as folder:

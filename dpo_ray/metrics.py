@@ -1,4 +1,4 @@
-"""Metrics: their names and directions, exact sums and counts, intervals. Torch and the standard library only.
+"""Metrics: names and directions, exact sums and counts, intervals, operations. Torch and the standard library only.
 
 Every mean is a sum over pairs (or tokens) divided by their number, both reduced over ranks.
 """
@@ -115,6 +115,35 @@ def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> t
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def model_flops(
+    *,
+    num_tokens: int,
+    num_predicted: int,
+    num_attended: int,
+    body_weights: int,
+    head_weights: int,
+    attention_width: int,
+    training: bool = True,
+) -> int:
+    """Floating-point operations that a decoder cannot do without: matrix products alone, two operations for each
+    multiplication, the backward pass twice the forward (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+
+    What is computed beyond (padding, hidden pairs of tokens, logits that are not read, activations made again) does not
+    count, so that the share of a device's peak says how much of it went into the model.
+
+    Args:
+        num_tokens: Tokens that go through the body; each prompt once, and no response's last token.
+        num_predicted: Tokens that are predicted, those of responses.
+        num_attended: Pairs of tokens of which one sees the other, itself included; see `Lengths.attended`.
+        body_weights: Weights of the body's linear layers that each token meets.
+        head_weights: Those of the output layer.
+        attention_width: Layers times heads times their width.
+        training: False: the forward pass alone.
+    """
+    products = body_weights * num_tokens + head_weights * num_predicted + 2 * attention_width * num_attended
+    return (6 if training else 2) * products
 
 
 def standard_error(name: str, value: float, count: int) -> float:

@@ -1,4 +1,4 @@
-"""Hugging Face models: where they are, loading policy and tokenizer, LoRA, the attention mask of a layout, export.
+"""Hugging Face models: where they are, loading policy and tokenizer, LoRA, which layout suits one, export.
 
 `PairModel` turns a causal language model into what training, reference pass and scoring need: a `PairBatch` in, the
 log-probs of its responses out. It knows nothing of losses, sharding or Ray.
@@ -6,21 +6,27 @@ log-probs of its responses out. It knows nothing of losses, sharding or Ray.
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dpo_ray.config import LoraConfig, ModelConfig
+from dpo_ray.attention import Attention, attention_inputs, choose_attention, set_kernel
 from dpo_ray.data.batching import Layout, make_batch
 from dpo_ray.errors import InputError
 from dpo_ray.logps import TokenLogps, sum_by_response, token_logps
 from dpo_ray.pairs import Ids, PairBatch, PromptBranches
+
+if TYPE_CHECKING:
+    from dpo_ray.config import LoraConfig, ModelConfig
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """`engine.precision` -> type of the weights in the computation."""
@@ -53,7 +59,7 @@ class PairModel(nn.Module):
     def __init__(self, language_model: Any) -> None:
         super().__init__()
         self.language_model = language_model
-        causal = self._causal
+        causal = self.causal
         config = causal.config.get_text_config()
         output = causal.get_output_embeddings()
         if type(output) is not nn.Linear:
@@ -68,6 +74,8 @@ class PairModel(nn.Module):
             softcap=getattr(config, "final_logit_softcapping", None),
         )
         self._config = config
+        self._own_attention: str = causal.config._attn_implementation
+        self.attention = Attention("mask", "as loaded")
 
     @property
     def config(self) -> Any:
@@ -77,24 +85,33 @@ class PairModel(nn.Module):
     @property
     def body(self) -> Any:
         """The decoder without its output layer."""
-        return self._causal.base_model
+        return self.causal.base_model
 
     @property
     def has_adapter(self) -> bool:
         return hasattr(self.language_model, "peft_config")
 
     @property
-    def _causal(self) -> Any:
+    def causal(self) -> Any:
+        """The language model without the adapter around it."""
         model: Any = self.language_model
         return model.get_base_model() if self.has_adapter else model
 
+    def attend_with(self, attention: Attention) -> None:
+        """Compute attention over packed rows by this kernel from now on.
+
+        Raises:
+            ValueError: The architecture does not let its attention be exchanged.
+        """
+        set_kernel(self.causal, attention.kernel, self._own_attention)
+        self.attention = attention
+
     def forward(self, batch: PairBatch) -> ResponseLogps:
-        dtype = self.head.weight.dtype
         hidden = self.body(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            attention_mask=attention_mask(batch, self._config, dtype),
             use_cache=False,
+            **attention_inputs(batch, self._config, self.attention.kernel, self.head.weight.dtype),
         ).last_hidden_state
         predicting = hidden.reshape(-1, hidden.shape[-1])[batch.predict_index]
         found: TokenLogps = self.head(predicting, batch.target_ids)
@@ -122,64 +139,53 @@ class LogpHead(nn.Module):
         return token_logps(hidden, self.weight, target_ids, bias=self.bias, scale=self.scale, softcap=self.softcap)
 
 
-def attention_mask(batch: PairBatch, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """The mask argument of a decoder: [R, T] for plain rows, else additive [R, 1, T, T], by layer type if two.
+def usable_layout(
+    forward: Callable[[PairBatch], ResponseLogps], model: PairModel, layout: Layout, precision: str
+) -> Layout:
+    """Set the fastest attention that gives the right numbers, and return the layout for it.
 
-    A token sees what stands before it in its own prompt and its own branch, never another prompt or branch. Sliding
-    windows go by the difference of positions: in a second branch that is less than the difference of places.
-    """
-    real = batch.segment_ids >= 0
-    if not batch.is_branched:
-        return real.long()
-    segment, branch, position = batch.segment_ids, batch.branch_ids, batch.position_ids
-    same = (segment[:, :, None] == segment[:, None, :]) & real[:, :, None]
-    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    distance = position[:, :, None] - position[:, None, :]  # of tokens on one path: >= 0 looks back
-    allowed = same & visible & (distance >= 0)
-
-    def additive(mask: Tensor) -> Tensor:
-        low = torch.finfo(dtype).min
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, low)[:, None]
-
-    window = getattr(config, "sliding_window", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return additive(allowed)
-    windowed = additive(allowed & (distance < window))
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return windowed
-    if "sliding_attention" not in layer_types:
-        return additive(allowed)
-    return {"full_attention": additive(allowed), "sliding_attention": windowed}
-
-
-def usable_layout(model: Callable[[PairBatch], ResponseLogps], config: Any, layout: Layout, precision: str) -> Layout:
-    """The layout, or `padded` where the model gets the branches wrong: some architectures ignore the mask in silence.
-
-    Two prompts with two responses are computed in both layouts. Windows and chunks that only long texts reach are known
-    by their configuration.
+    Some prompts with two responses are computed in padded rows and in packed ones. Where they differ, attention falls
+    back to the architecture's own with a mask, and then to padded rows: some architectures ignore the mask in silence.
+    Windows and chunks that only long texts reach are known by their configuration.
 
     Args:
-        model: A `PairModel`, or an engine around one; every rank must call this.
+        forward: `model`, or an engine around it; every rank must call this.
+        layout: What the recipe asks for, `branches` or `padded`.
     """
+    model.attend_with(Attention("mask", "padded rows"))
     if layout == "padded":
         return layout
-    if any(getattr(config, name, None) for name in ("attention_types", "window_size", "attention_chunk_size")):
+    if any(getattr(model.config, name, None) for name in ("attention_types", "window_size", "attention_chunk_size")):
         return "padded"
     rng = np.random.default_rng(0)
 
     def ids(length: int) -> Ids:
-        return rng.integers(0, config.vocab_size, length).astype(np.int32)
+        return rng.integers(0, model.config.vocab_size, length).astype(np.int32)
 
-    items = [PromptBranches(ids(5), (ids(7), ids(4))), PromptBranches(ids(3), (ids(6), ids(8)))]
-    with torch.no_grad():
-        expected = model(make_batch(items, [[0], [1]], "padded")).logps
-        try:
-            found = model(make_batch(items, [[0, 1]], "branches")).logps
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):  # a mask it cannot take
-            return "padded"
+    device, dtype = model.head.weight.device, model.head.weight.dtype
+    copies = 1 if device.type == "cpu" else 8  # several blocks of FlexAttention, as in training
+    items = [
+        PromptBranches(ids(prompt), (ids(first), ids(second)))
+        for prompt, first, second in [(5, 7, 4), (3, 6, 8)] * copies
+    ]
+    numbers = list(range(len(items)))
     tolerance = 1e-3 if precision == "fp32" else 0.5
-    return layout if torch.allclose(found, expected, rtol=1e-4, atol=tolerance) else "padded"
+    with torch.no_grad():
+        expected = forward(make_batch(items, [[i] for i in numbers], "padded")).logps
+        candidates = [choose_attention(model.causal, device, dtype)]
+        if candidates[0].kernel != "mask":
+            candidates.append(Attention("mask", f"{candidates[0].kernel} gave wrong numbers"))
+        for attention in candidates:
+            try:
+                model.attend_with(attention)
+                found = forward(make_batch(items, [numbers], "branches")).logps
+            except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # what it cannot take
+                continue
+            if torch.allclose(found, expected, rtol=1e-4, atol=tolerance):
+                logger.info("attention: %s", attention)
+                return "branches" if attention.kernel == "mask" else "one_row"
+    model.attend_with(Attention("mask", "padded rows: packed ones gave wrong numbers"))
+    return "padded"
 
 
 def _output_scale(config: Any) -> float:
@@ -308,17 +314,17 @@ def load_language_model(source: ModelSource, precision: str) -> Any:
     return model
 
 
-def load_policy(config: ModelConfig, precision: str, seed: int) -> PairModel:
+def load_policy(config: "ModelConfig", precision: str, seed: int) -> PairModel:
     """The model to train: all its weights, or LoRA adapters on it, initialised from `seed`."""
     model = load_language_model(policy_source(config), precision)
     return PairModel(model if config.lora is None else _add_lora(model, config.lora, seed))
 
 
-def policy_source(config: ModelConfig) -> ModelSource:
+def policy_source(config: "ModelConfig") -> ModelSource:
     return ModelSource(config.path, config.revision, config.trust_remote_code)
 
 
-def _add_lora(model: Any, config: LoraConfig, seed: int) -> Any:
+def _add_lora(model: Any, config: "LoraConfig", seed: int) -> Any:
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

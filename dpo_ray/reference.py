@@ -129,7 +129,7 @@ class ResponseScorer:
         self._per_token = per_token
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = PairModel(load_language_model(model, precision)).to(self._device).eval()
-        layout = usable_layout(lambda b: self._model(b.to(self._device)), self._model.config, batch.layout, precision)
+        layout = usable_layout(lambda b: self._model(b.to(self._device)), self._model, batch.layout, precision)
         self._batch, self._store = batch.model_copy(update={"layout": layout}), store
 
     @torch.inference_mode()

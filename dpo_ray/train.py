@@ -96,7 +96,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     log.started(state.step, world_size)
     for fault in faults:
         log.write({"step": state.step, "alarm": f"checkpoint not used, {fault}"})
-    if worker.batch != run.batch:
+    if worker.batch.layout == "padded" != run.batch.layout:
         log.write({"step": state.step, "alarm": "this architecture needs padded rows: every prompt is computed twice"})
     if state.step == 0:
         worker.self_check(train, order.pairs_of(1), job.reference_is_start)
@@ -201,7 +201,7 @@ class Worker:
         self.last_step: dict[str, float] = {}
         self.times = StepTimes(engine)
         self._run = run
-        layout = usable_layout(engine, engine.model.config, run.batch.layout, run.engine.precision)
+        layout = usable_layout(engine, engine.model, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
         self.loss = loss_function(**run.loss.model_dump())
         self._folder = Folder(run.folder)

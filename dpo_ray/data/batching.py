@@ -5,6 +5,7 @@ make the same number of forward passes. What is in a step does not depend on the
 """
 
 import bisect
+import heapq
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -14,7 +15,10 @@ import torch
 
 from dpo_ray.pairs import PairBatch, PromptBranches, TokenizedPair
 
-Layout = Literal["branches", "padded"]
+Layout = Literal["branches", "one_row", "padded"]
+"""`branches`: prompt once, both responses behind it, in rows of several pairs. `one_row`: the same with the whole
+micro-batch in one row, for attention that does no work between pairs. `padded`: every response in a row of its own."""
+
 Row = list[int]
 """Items that share a row, by their number in the step."""
 
@@ -34,6 +38,12 @@ class Lengths(NamedTuple):
     def padded(self) -> int:
         """Places of one of the item's rows in the padded layout."""
         return self.prompt + max(self.responses) - 1
+
+    @property
+    def attended(self) -> int:
+        """Pairs of tokens of which one sees the other, itself included, the prompt's once."""
+        fed = [n - 1 for n in self.responses]
+        return self.prompt * (self.prompt + 1) // 2 + sum(n * self.prompt + n * (n + 1) // 2 for n in fed)
 
 
 def lengths_of(pair: TokenizedPair) -> Lengths:
@@ -91,11 +101,14 @@ def plan_step(
 
     Rows are packed by best-fit decreasing and levelled; rows of like width share a micro-batch, and micro-batches of
     like cost run at the same time, so that little is padding and ranks that wait for each other have about the same
-    work. Of some row widths, the cheapest is taken. No micro-batch has more than `tokens_per_device` places.
+    work. Of some row widths, the cheapest is taken; in one row nothing is padding. No micro-batch has more than
+    `tokens_per_device` places.
 
     Raises:
         ValueError: One item alone is larger than `tokens_per_device`.
     """
+    if layout == "one_row":
+        return _plan_single_rows([item.branched for item in lengths], num_workers, tokens_per_device)
     if layout == "branches":
         sizes = [item.branched for item in lengths]
         share = math.ceil(sum(sizes) / num_workers)  # wider rows would leave a worker without one
@@ -114,6 +127,32 @@ def plan_step(
     best = min(plans, key=lambda plan: sum(max(map(_cost, beside)) for beside in plan))
     filler = min(range(len(lengths)), key=lambda i: (lengths[i].branched, i))
     return [[_micro_batch(units, filler) for units in beside] for beside in best]
+
+
+def _plan_single_rows(sizes: Sequence[int], num_workers: int, tokens_per_device: int) -> list[list[MicroBatch]]:
+    """Items, costliest first, each to the micro-batch with the least work so far; as few passes as the budget lets."""
+    by_cost = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
+    _require_fit(by_cost[0], sizes[by_cost[0]], tokens_per_device)
+    passes = max(1, math.ceil(sum(sizes) / (tokens_per_device * num_workers)))
+    while True:
+        rows: list[Row] = [[] for _ in range(passes * num_workers)]
+        filled = [(0.0, 0, r) for r in range(len(rows))]  # (work, places, row), a heap
+        for item in by_cost:
+            work, places, r = filled[0]
+            heapq.heapreplace(filled, (work + _row_cost(sizes[item]), places + sizes[item], r))
+            rows[r].append(item)
+        if max(places for _, places, _ in filled) <= tokens_per_device:
+            break
+        passes += 1
+    filler = by_cost[-1]
+    order = [r for _, _, r in sorted(filled, reverse=True)]
+    micro_batches = [MicroBatch(rows[r] or [filler], [rows[r] or [filler]], counts=bool(rows[r])) for r in order]
+    return [micro_batches[m * num_workers : (m + 1) * num_workers][:: -1 if m % 2 else 1] for m in range(passes)]
+
+
+def _require_fit(item: int, places: int, tokens_per_device: int) -> None:
+    if places > tokens_per_device:
+        raise ValueError(f"item {item} has {places} tokens, more than tokens_per_device {tokens_per_device}")
 
 
 def pack_rows(sizes: Sequence[int], capacity: int) -> list[Row]:
@@ -181,9 +220,7 @@ def _arrange(units: list[_Unit], num_workers: int, tokens_per_device: int) -> li
     """Units into bins, `plan[m][rank]`: as few passes as the budget allows."""
     units = sorted(units, key=lambda unit: (-unit.width, unit.items))
     for unit in units:
-        if unit.width * unit.height > tokens_per_device:
-            found = f"item {unit.items[0]} has {unit.width * unit.height} tokens"
-            raise ValueError(f"{found}, more than tokens_per_device {tokens_per_device}")
+        _require_fit(unit.items[0], unit.width * unit.height, tokens_per_device)
     places = sum(unit.width * unit.height for unit in units)
     passes = max(1, math.ceil(places / (tokens_per_device * num_workers)))
     while (bins := _partition(units, passes * num_workers, tokens_per_device)) is None:
@@ -249,13 +286,13 @@ def _micro_batch(units: Sequence[_Unit], filler: int) -> MicroBatch:
 def make_batch(items: Sequence[PromptBranches], rows: Sequence[Row], layout: Layout) -> PairBatch:
     """Tensors of a micro-batch; responses are numbered in the order of `rows`, each item's in its own order.
 
-    `branches`: `[prompt | response 1 | response 2 | ...]` per item, items one after another in a row.
+    `branches`, `one_row`: `[prompt | response 1 | response 2 | ...]` per item, items one after another in a row.
     `padded`: each response in a row of its own behind a copy of its prompt.
     """
     spans: list[list[_Span]] = []
     for row in rows:
         branches = [items[i] for i in row]
-        if layout == "branches":
+        if layout != "padded":
             spans.append([_Span(item.prompt_ids, item.responses) for item in branches])
         else:
             spans += [[_Span(item.prompt_ids, (response,))] for item in branches for response in item.responses]
@@ -299,7 +336,7 @@ def make_batch(items: Sequence[PromptBranches], rows: Sequence[Row], layout: Lay
         num_responses=num_responses,
         num_tokens=sum(len(item.prompt_ids) + sum(map(len, item.responses)) for item in chosen),
         num_filled=int((segment_ids >= 0).sum()),
-        is_branched=layout == "branches",
+        is_branched=layout != "padded",
     )
 
 

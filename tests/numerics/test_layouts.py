@@ -1,5 +1,7 @@
 """Packed branches say the same as padded rows and as one plain forward for each response: sums and every gradient.
 
+In rows with a mask, and in one row a span at a time.
+
 A wrong mask raises nothing, so every kind of architecture is tried: grouped heads, learnt positions, sliding windows,
 biases, capped and scaled logits. Weights are large, so that a token too many, or one too few, shows.
 """
@@ -13,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from dpo_ray.attention import Attention, Kernel
 from dpo_ray.data.batching import Layout, Row, make_batch
 from dpo_ray.errors import InputError
 from dpo_ray.models import PairModel, usable_layout
@@ -22,9 +25,24 @@ from tests.numerics.architectures import ARCHITECTURES, SUPPORTED, VOCABULARY, b
 PACKED: list[Row] = [[2, 0, 1], [4, 3]]
 """Items by row."""
 
+WAYS: list[tuple[Layout, Kernel]] = [
+    ("padded", "mask"),
+    ("branches", "mask"),
+    ("branches", "spans"),  # with padding
+    ("one_row", "spans"),
+]
+MASKED = ("gemma2 (windows, capped logits)", "gpt-oss (experts, sinks, windows)")
+"""Capped scores and sinks are beyond the CPU's kernel."""
 
-def in_layout(model: Any, items: list[PromptBranches], layout: Layout) -> Tensor:
-    logps: Tensor = PairModel(model)(make_batch(items, PACKED, layout)).logps
+
+def ways_of(name: str) -> list[tuple[Layout, Kernel]]:
+    return [way for way in WAYS if name not in MASKED or way[1] == "mask"]
+
+
+def in_layout(model: PairModel, items: list[PromptBranches], layout: Layout, kernel: Kernel) -> Tensor:
+    model.attend_with(Attention(kernel, "asked"))
+    rows = [[i for row in PACKED for i in row]] if layout == "one_row" else PACKED
+    logps: Tensor = model(make_batch(items, rows, layout)).logps
     return logps
 
 
@@ -35,11 +53,14 @@ def with_gradients(model: Any, logps: Tensor) -> tuple[Tensor, dict[str, Tensor]
     return logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_the_layouts_agree(model: Any, items: list[PromptBranches], *, tolerance: float = 2e-5) -> None:
+def assert_the_layouts_agree(
+    model: Any, items: list[PromptBranches], *, ways: list[tuple[Layout, Kernel]] = WAYS, tolerance: float = 2e-5
+) -> None:
     expected, gradients = with_gradients(model, plain(model, [items[i] for row in PACKED for i in row]))
     assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    for layout in ("padded", "branches"):
-        logps, found = with_gradients(model, in_layout(model, items, layout))
+    pair_model = PairModel(model)
+    for layout, kernel in ways:
+        logps, found = with_gradients(model, in_layout(pair_model, items, layout, kernel))
         torch.testing.assert_close(logps, expected, rtol=tolerance, atol=tolerance)
         assert found.keys() == gradients.keys()
         largest = max(gradient.abs().max().item() for gradient in gradients.values())
@@ -49,19 +70,26 @@ def assert_the_layouts_agree(model: Any, items: list[PromptBranches], *, toleran
                 gradient,
                 rtol=1e-3,
                 atol=tolerance * largest,
-                msg=partial("{} {}: {}".format, layout, name),
+                msg=partial("{} {} {}: {}".format, layout, kernel, name),
             )
+    pair_model.attend_with(Attention("mask", "as loaded"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_branches_padded_rows_and_plain_forwards_agree(name: str):
-    assert_the_layouts_agree(build(name), items_of())
+    assert_the_layouts_agree(build(name), items_of(), ways=ways_of(name))
+
+
+@pytest.mark.parametrize(("name", "argument"), zip(MASKED, ("softcap", "s_aux"), strict=True))
+def test_what_changes_the_scores_is_not_left_out_in_silence(name: str, argument: str):
+    with pytest.raises(ValueError, match=f"attention with `{argument}`"):
+        in_layout(PairModel(build(name)), items_of(), "one_row", "spans")
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_the_probe_before_training_lets_supported_models_keep_their_branches(name: str):
-    model = build(name)
-    assert usable_layout(PairModel(model), model.config, "branches", "fp32") == "branches"
+    model = PairModel(build(name))
+    assert usable_layout(model, model, "branches", "fp32") == ("branches" if name in MASKED else "one_row")
 
 
 @pytest.mark.parametrize("name", ["llama with tied weights", "olmoe (experts)", *SUPPORTED])
@@ -73,7 +101,7 @@ def test_adapters_get_the_same_gradients_in_every_layout(name: str):
         peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
     )
     model.eval()
-    assert_the_layouts_agree(model, items_of())
+    assert_the_layouts_agree(model, items_of(), ways=ways_of(name))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert all("lora" in name for name in trained)
     for layer in range(model.config.num_hidden_layers):

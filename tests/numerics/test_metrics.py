@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_ray.losses import PairLogps, PreferenceLoss, dpo_loss, sft_loss
 from dpo_ray.metrics import (
@@ -17,6 +19,7 @@ from dpo_ray.metrics import (
     held_out_names,
     means,
     means_with_interval,
+    model_flops,
     pair_sums,
     standard_error,
     wilson_interval,
@@ -173,3 +176,33 @@ def test_every_metric_says_which_way_is_better():
         "logps/rejected",
         "kl",
     }
+
+
+def test_operations_are_those_that_torch_counts_in_a_plain_llama():
+    rows, width = 3, 20
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="eager",  # all pairs of tokens of a row, in products that torch counts one by one
+    )
+    model = LlamaForCausalLM(config)
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    sizes = {
+        "num_tokens": rows * width,
+        "num_predicted": rows * width,
+        "num_attended": rows * width**2,
+        "body_weights": sum(module.weight.numel() for module in linear if module is not head),
+        "head_weights": head.weight.numel(),
+        "attention_width": 3 * 24,
+    }
+    with FlopCounterMode(display=False) as counter:
+        logits = model(torch.randint(0, 50, (rows, width)), use_cache=False).logits
+    assert counter.get_total_flops() == model_flops(**sizes, training=False)
+    with counter:
+        logits.sum().backward()
+    assert model_flops(**sizes, training=False) + counter.get_total_flops() == model_flops(**sizes)

@@ -15,8 +15,8 @@ LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
     "material": [
-        *("storage", "attempts", "lease", "notices", "pulse", "data", "models", "manifest", "shards", "checkpoint"),
-        *("tracking", "report", "recipe_reference", "memory", "prepare"),
+        *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
+        *("checkpoint", "tracking", "report", "recipe_reference", "memory", "prepare"),
     ],
     "machinery": ["engine", "engine_state", "reference", "generate"],
     "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
@@ -123,5 +123,15 @@ def test_a_package_itself_imports_nothing(name: str):
 
 def test_a_recipe_is_read_without_torch_ray_or_pandas():
     code = "import dpo_ray.config, sys; print([m for m in ('torch', 'ray', 'pandas', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_training_step_alone_needs_none_of_the_machinery():
+    """`benchmarks/gpu_step.py` runs where only torch and transformers are."""
+    modules = ("attention", "data.batching", "logps", "losses", "metrics", "models", "pairs")
+    heavy = ("ray", "deepspeed", "pyarrow", "mlflow", "pydantic")
+    imports = ", ".join(f"dpo_ray.{name}" for name in modules)
+    code = f"import {imports}, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
