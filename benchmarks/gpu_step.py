@@ -31,8 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_ray.attention import Attention, Kernel, choose_attention
 from dpo_ray.data.batching import Layout, Lengths, lengths_of, make_batch, plan_step
+from dpo_ray.device import peak_rate
 from dpo_ray.losses import PairLogps, dpo_loss
-from dpo_ray.metrics import model_flops
 from dpo_ray.models import PairModel
 from dpo_ray.pairs import PromptBranches
 
@@ -110,15 +110,6 @@ class Timer:
         return time.process_time()
 
 
-def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product of random numbers: the best of ten."""
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timer = Timer(device)
-    a @ b
-    return max(2 * size**3 / timer(lambda: a @ b) for _ in range(10))
-
-
 def drawn_lengths(count: int) -> list[Lengths]:
     """Lengths as in the helpful half of HH-RLHF: medians of 88 and 37 tokens, most within a factor of 8 and 6."""
     rng = np.random.default_rng(0)
@@ -174,20 +165,6 @@ def train(model: PairModel, optimizer: MasterAdamW, step: Step, contender: Conte
     return {"slots": slots, "filled": filled}
 
 
-def useful_flops(model: PairModel, steps: list[Step]) -> int:
-    lengths = [item for step in steps for item in step.lengths]
-    config, head = model.config, model.head.weight
-    linear = [m.weight for m in model.body.modules() if isinstance(m, torch.nn.Linear)]
-    return model_flops(
-        num_tokens=sum(item.branched for item in lengths),
-        num_predicted=sum(sum(item.responses) for item in lengths),
-        num_attended=sum(item.attended for item in lengths),
-        body_weights=sum(weight.numel() for weight in linear),
-        head_weights=head.numel(),
-        attention_width=config.num_hidden_layers * config.num_attention_heads * config.head_dim,
-    )
-
-
 def measure(
     model: PairModel, optimizer: MasterAdamW, steps: list[Step], contender: Contender, tokens: int
 ) -> dict[str, float]:
@@ -238,7 +215,7 @@ def main() -> None:
             runs[name].append(measure(model, optimizer, steps, contender, options.tokens))
             print(f"{repeat + 1}/{options.repeats} {name}: {runs[name][-1]}", file=sys.stderr)
 
-    flops = useful_flops(model, steps)
+    flops = model.flops(item for step in steps for item in step.lengths)
     real = sum(item.prompt + sum(item.responses) for step in steps for item in step.lengths)
     rows = []
     for name, of_name in runs.items():

@@ -50,6 +50,8 @@ class TrainState:
     """Places computed, padding included."""
     filled: int = 0
     """Of these, not padding."""
+    flops: float = 0.0
+    """Operations that the model could not do without; 0 where nobody asks for the utilisation."""
     since_log: dict[str, float] = dataclasses.field(default_factory=dict)
     """Sums of the steps since the last training line."""
     evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
@@ -64,6 +66,7 @@ class TrainState:
         self.tokens += int(sums["tokens"])
         self.slots += int(sums["slots"])
         self.filled += int(sums["filled"])
+        self.flops += sums["flops"]
         self.since_log = {name: self.since_log.get(name, 0.0) + value for name, value in sums.items()}
 
     def to_json(self) -> str:

@@ -1,14 +1,12 @@
 """How much memory a worker needs, from shapes alone, and which settings would make a run fit."""
 
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dpo_ray.config import LoraConfig, RunConfig
+from dpo_ray.device import GIB
 from dpo_ray.logps import CHUNK_LOGITS
 from dpo_ray.models import policy_source, read_config
-
-GIB = 2**30
 
 
 class Shape(NamedTuple):
@@ -108,14 +106,3 @@ def _with(run: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
         laid = LoraConfig() if key == "model.lora" else value
         run = run.model_copy(update={section: getattr(run, section).model_copy(update={name: laid})})
     return run
-
-
-def device_memory(num_workers: int) -> tuple[float, str]:
-    """GiB that a worker on this machine can have, and of what: a GPU's, else this machine's memory by its workers."""
-    import torch
-
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        return device.total_memory / GIB, device.name
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    return whole / num_workers, f"memory of this machine, by {num_workers}"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_ray.attention import Attention, attention_inputs, choose_attention, set_kernel
-from dpo_ray.data.batching import Layout, make_batch
+from dpo_ray.data.batching import Layout, Lengths, make_batch
 from dpo_ray.errors import InputError
 from dpo_ray.logps import TokenLogps, sum_by_response, token_logps
+from dpo_ray.metrics import model_flops
 from dpo_ray.pairs import Ids, PairBatch, PromptBranches
 
 if TYPE_CHECKING:
@@ -105,6 +106,30 @@ class PairModel(nn.Module):
         """
         set_kernel(self.causal, attention.kernel, self._own_attention)
         self.attention = attention
+
+    def flops(self, items: Iterable[Lengths]) -> int:
+        """Operations of training on some prompts with their responses that the model cannot do without; see
+        `metrics.model_flops`. Of weights that are not trained no gradient is counted. Fused experts are left out."""
+        linear = [m.weight for m in self.body.modules() if isinstance(m, nn.Linear)]
+        sizes = [(getattr(weight, "ds_numel", weight.numel()), weight.requires_grad) for weight in linear]
+        head = getattr(self.head.weight, "ds_numel", self.head.weight.numel())
+        heads = self._config.num_attention_heads
+        head_width = getattr(self._config, "head_dim", None) or self._config.hidden_size // heads
+        items = list(items)
+        num_tokens, num_predicted = sum(item.branched for item in items), sum(sum(item.responses) for item in items)
+        frozen = num_tokens * sum(size for size, is_trained in sizes if not is_trained)
+        frozen += 0 if self.head.weight.requires_grad else num_predicted * head
+        return (
+            model_flops(
+                num_tokens=num_tokens,
+                num_predicted=num_predicted,
+                num_attended=sum(item.attended for item in items),
+                body_weights=sum(size for size, _ in sizes),
+                head_weights=head,
+                attention_width=self._config.num_hidden_layers * heads * head_width,
+            )
+            - 2 * frozen
+        )
 
     def forward(self, batch: PairBatch) -> ResponseLogps:
         hidden = self.body(

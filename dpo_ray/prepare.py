@@ -11,9 +11,10 @@ from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import StepOrder, lengths_of, plan_step
 from dpo_ray.data.encode import PairEncoder, TokenFiles, TokenTable, encode_to_files
 from dpo_ray.data.mixture import load_pool
+from dpo_ray.device import device_memory
 from dpo_ray.errors import InputError
 from dpo_ray.losses import loss_function
-from dpo_ray.memory import device_memory, memory_estimate, model_shape, settings_that_fit
+from dpo_ray.memory import memory_estimate, model_shape, settings_that_fit
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import ModelSource, end_token_ids, load_tokenizer, policy_source, read_config
 from dpo_ray.pairs import PreferencePair, TokenizedPair

@@ -25,6 +25,7 @@ from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
 from dpo_ray.data.encode import TokenFiles, TokenTable
+from dpo_ray.device import peak_rate
 from dpo_ray.engine import ZeroEngine, sharded_loading
 from dpo_ray.errors import RunFailed
 from dpo_ray.lease import holds
@@ -32,6 +33,7 @@ from dpo_ray.logps import tail_sums
 from dpo_ray.losses import Loss, PairLogps, PairTerms, loss_function, match_gaps
 from dpo_ray.metrics import MetricSums, held_out_names, means, means_with_interval, pair_sums
 from dpo_ray.models import (
+    DTYPES,
     ResponseLogps,
     copy_generation_settings,
     export,
@@ -153,6 +155,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         "peak_memory_gib": worker.peak_memory_gib(),
         "overflowed_steps": worker.engine.overflowed_steps,
         "time_split": worker.times.shares(),
+        "mfu": worker.peak and state.flops / (state.train_seconds * worker.peak * world_size),
         "pairs_seen": order.pairs_before(state.step),
         "num_steps": order.num_steps,
     }
@@ -200,6 +203,9 @@ class Worker:
         self.engine, self.rank, self.world_size = engine, rank, world_size
         self.last_step: dict[str, float] = {}
         self.times = StepTimes(engine)
+        is_gpu = engine.device.type == "cuda"
+        self.peak = peak_rate(engine.device, DTYPES[run.engine.precision]) if is_gpu else None
+        """Operations a second that the device can do; not asked of a CPU, which others use too."""
         self._run = run
         layout = usable_layout(engine, engine.model, run.batch.layout, run.engine.precision)
         self.batch = run.batch.model_copy(update={"layout": layout})
@@ -259,7 +265,7 @@ class Worker:
                 f"{self._num_skipped} steps were skipped, more than `train.max_skipped_steps`; their pairs are in "
                 f"{self._run.folder}/{BAD_FILE}"
             )
-        costs = {name: reduced[name] for name in ("tokens", "slots", "filled")}
+        costs = {name: reduced[name] for name in ("tokens", "slots", "filled", "flops")}
         return dict.fromkeys(reduced, 0.0) | costs, notices
 
     def _record_bad(self, name: str, pair_set: PairSet, numbers: Sequence[int], step: int) -> None:
@@ -329,10 +335,12 @@ class Worker:
                 with self.times.of("backward"):
                     self.engine.backward((loss.loss * weights).sum() / divide_by, is_last=m == len(plan) - 1)
             counted = float(mine.counts)
+            flops = self.engine.model.flops(lengths_of(pairs[i]) for i in mine.items) if self.peak else 0
             sums.add(pair_sums(policy, reference, loss, weights))
             sums.add(
                 {
                     "entropy": responses.entropy.sum() * counted,
+                    "flops": torch.tensor(flops * counted, dtype=torch.float64, device=device),
                     "tokens": torch.tensor(batch.num_tokens * counted, dtype=torch.float64, device=device),
                     "slots": torch.tensor(float(batch.num_slots), dtype=torch.float64, device=device),
                     "filled": torch.tensor(batch.num_filled * counted, dtype=torch.float64, device=device),

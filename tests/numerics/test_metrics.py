@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo_ray.data.batching import Lengths
 from dpo_ray.losses import PairLogps, PreferenceLoss, dpo_loss, sft_loss
 from dpo_ray.metrics import (
     METRICS,
@@ -24,6 +25,7 @@ from dpo_ray.metrics import (
     standard_error,
     wilson_interval,
 )
+from dpo_ray.models import PairModel
 
 
 def logps(num_pairs: int, seed: int) -> PairLogps:
@@ -206,3 +208,16 @@ def test_operations_are_those_that_torch_counts_in_a_plain_llama():
     with counter:
         logits.sum().backward()
     assert model_flops(**sizes, training=False) + counter.get_total_flops() == model_flops(**sizes)
+
+
+def test_operations_of_a_pair_leave_out_the_gradients_of_frozen_weights():
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = PairModel(LlamaForCausalLM(config))
+    items = [Lengths(5, (3, 4)), Lengths(2, (1, 6))]
+    tokens, predicted, attended = (5 + 2 + 3) + (2 + 0 + 5), 14, (15 + 10 + 3 + 15 + 6) + (3 + 10 + 15)
+    body, head = 2 * (4 * 24 * 24 + 3 * 24 * 40), 24 * 50
+    assert model.flops(items) == 6 * (body * tokens + head * predicted + 2 * 2 * 24 * attended)
+    model.requires_grad_(False)
+    assert model.flops(items) == 4 * (body * tokens + head * predicted) + 6 * 2 * 2 * 24 * attended

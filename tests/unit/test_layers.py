@@ -16,7 +16,7 @@ LAYERS = {
     "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
     "material": [
         *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
-        *("checkpoint", "tracking", "report", "recipe_reference", "memory", "prepare"),
+        *("checkpoint", "tracking", "report", "recipe_reference", "device", "memory", "prepare"),
     ],
     "machinery": ["engine", "engine_state", "reference", "generate"],
     "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],

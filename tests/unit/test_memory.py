@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from dpo_ray.config import RunConfig, parse_run
-from dpo_ray.memory import GIB, Shape, memory_estimate, settings_that_fit
+from dpo_ray.device import GIB
+from dpo_ray.memory import Shape, memory_estimate, settings_that_fit
 
 EIGHT_BILLION = Shape(8 * 10**9, 2_600_000, num_layers=32, hidden_size=4096, num_attention_heads=32)
 
