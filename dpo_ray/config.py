@@ -412,8 +412,8 @@ class BatchConfig(Config):
     """Most tokens in one forward-backward on one device, padding included. Changes speed and memory, not results."""
 
     row_tokens: int = Field(default=1024, ge=2)
-    """Where attention needs a mask (`docs/decisions.md`), pairs are packed into rows of about this many tokens; a longer
-    pair has its own. Changes speed, not results."""
+    """Where attention needs a mask, pairs are packed into rows of about this many tokens; a longer pair has its own.
+    Changes speed, not results."""
 
     layout: Literal["branches", "padded"] = "branches"
     """`branches`: prompt once, both responses behind it, pairs packed. `padded`: every response in its own row."""
