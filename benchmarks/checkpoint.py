@@ -1,8 +1,8 @@
 """What do checkpoints cost a run, at the default cadence of 50 steps and at one of 10?
 
 A real run through Ray Train: the model and pairs of train_vs_trl.py, two workers of one thread, ZeRO-2, and 2 pairs a
-step, so that steps are short. The share is that of `summary.json`: the time that training waited for checkpoints, of that
-and the time of its steps; uploads go on beside.
+step, so that steps are short. The share is that of `summary.json`: the time that training waited for checkpoints, of
+that and the time of its steps; uploads go on beside.
 
     python benchmarks/checkpoint.py [--steps 60] [--repeats 1] [--data hh|tldr]
 """
