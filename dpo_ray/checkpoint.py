@@ -42,6 +42,7 @@ class TrainState:
     world_size: int = 1
     train_seconds: float = 0.0
     """In training steps, without evaluation, checkpoints and start-up."""
+    evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
     """That training waited for checkpoints."""
     tokens: int = 0

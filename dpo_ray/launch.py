@@ -454,6 +454,19 @@ def _line_key(line: Mapping[str, Any]) -> tuple[Any, ...]:
     return (line["step"], *sorted(line), *(value for value in line.values() if isinstance(value, str)))
 
 
+def time_split(of_steps: Mapping[str, float], steps: float, evaluation: float, checkpoint: float) -> dict[str, float]:
+    """Part -> share of the time from the first step to the last; of the steps' own parts by the steps that were timed.
+
+    Args:
+        of_steps: Part -> share of the time of steps.
+        steps, evaluation, checkpoint: Seconds.
+    """
+    total = steps + evaluation + checkpoint
+    parts = {name: share * steps for name, share in of_steps.items()}
+    parts |= {"evaluation": evaluation, "checkpoint": checkpoint}
+    return {name: round(seconds / total, 4) for name, seconds in parts.items()} if of_steps else {}
+
+
 def _summary(
     run: RunConfig,
     prepared: Prepared,
@@ -489,7 +502,7 @@ def _summary(
         "checkpoint_seconds": round(waited, 3),
         "checkpoint_share": round(waited / (seconds + waited), 4) if seconds else None,
         "padding_fraction": round(1 - state["filled"] / state["slots"], 4) if state["slots"] else None,
-        "time_split": result["time_split"],
+        "time_split": time_split(result["time_split"], seconds, state["evaluation_seconds"], waited),
         "mfu": result["mfu"],
         "peak_memory_gib": round(result["peak_memory_gib"], 3),
         "overflowed_steps": result["overflowed_steps"],

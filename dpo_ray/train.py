@@ -121,7 +121,9 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
 
         evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
         if evaluated:
+            began = time.perf_counter()
             line = means_with_interval(worker.evaluate(evaluation))
+            state.evaluation_seconds += time.perf_counter() - began
             state.evaluations.append(Evaluation(step, line))
             log.write({"step": step, "epoch": order.epoch_at(step), **held_out_names(line)})
             if run.early_stopping is not None and not is_last:

@@ -89,7 +89,11 @@ def test_the_summary_tells_what_was_done(first: RunResult):
     assert summary["reference"]["from_store"] == 0
     assert summary["reference"]["computed"] > 100
     assert 0 <= summary["eval"]["rewards/accuracies_low"] < summary["eval"]["rewards/accuracies"]
-    assert summary["time_split"].keys() == {"data", "forward", "backward", "optimizer", "communication"}
+    assert set(summary["time_split"]) == {"data", "forward", "backward", "optimizer", "communication"} | {
+        "evaluation",
+        "checkpoint",
+    }
+    assert sum(summary["time_split"].values()) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(
