@@ -27,7 +27,12 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, CHECKPOINT_EVERY = 30, 5
-VICTIMS = ("worker", "node", "driver", "scorer", "preempted node", "head", "stuck worker", "node for good")
+VICTIMS = (
+    *("worker", "node", "driver", "scorer", "preempted node", "head", "stuck worker"),
+    *("node for good", "node for a while"),
+)
+ELASTIC = ("node for good", "node for a while")
+"""Of these the run goes on with one worker; of the second it grows again, and has more steps to do so in."""
 NOTICE_S = 6.0
 COMMAND = [sys.executable, "-c", "from dpo_ray.cli import main; main()"]
 PATIENCE_S = 300.0
@@ -54,7 +59,7 @@ class Outcome:
     @property
     def is_good(self) -> bool:
         """With fewer workers sums are taken in another order, so there the losses must agree, not the bits."""
-        is_same = self.loss_difference <= 1e-4 if self.victim == "node for good" else self.is_identical
+        is_same = self.loss_difference <= 1e-4 if self.victim in ELASTIC else self.is_identical
         return self.status == "completed" and is_same
 
 
@@ -260,8 +265,13 @@ def strike(run: Run, nodes: Nodes, victim: str, chance: random.Random) -> str:
         nodes.workers.append(nodes.add())
     elif victim == "preempted node":
         nodes.take_away(chance.randrange(len(nodes.workers)), NOTICE_S)
-    elif victim == "node for good":
+    elif victim in ELASTIC:
         nodes.lose(chance.randrange(len(nodes.workers)))
+        if victim == "node for a while":
+            run.wait_until(lambda: [event["world_size"] for event in run.events("start")][-1:] == [1], "one worker")
+            run.wait_until(lambda: run.step() > reached + 2, "a step of one worker")
+            nodes.workers.append(nodes.add())
+            run.wait_until(lambda: [event["world_size"] for event in run.events("start")][-1:] == [2], "two workers")
     elif victim in ("driver", "head"):
         run.process.send_signal(signal.SIGKILL)
         run.process.wait()
@@ -271,6 +281,10 @@ def strike(run: Run, nodes: Nodes, victim: str, chance: random.Random) -> str:
     return f"step {reached}"
 
 
+def steps_of(victim: str) -> int:
+    return 10 * STEPS if victim == "node for a while" else STEPS
+
+
 def one(seed: int, zero_stage: int, victim: str, nodes: Nodes, storage: Path, shared: Path, calm: Run) -> Outcome:
     """A run with one blow, against the uninterrupted `calm`."""
     chance = random.Random(seed)
@@ -278,6 +292,10 @@ def one(seed: int, zero_stage: int, victim: str, nodes: Nodes, storage: Path, sh
         "scorer": {"reference": {"store": str(storage / f"reference-{seed}")}},  # else there is nothing to score
         "stuck worker": {"cluster": {"hang_minutes": 0.75}},
         "node for good": {"cluster": {"min_workers": 1}},
+        "node for a while": {
+            "cluster": {"min_workers": 1, "resize_seconds": 2},
+            "train": {"max_steps": steps_of(victim)},
+        },
     }
     name = f"chaos-{seed}-{victim.replace(' ', '-')}-zero{zero_stage}"
     run = Run(recipe(shared, storage, name, zero_stage, **own.get(victim, {})), nodes.address)
@@ -350,13 +368,15 @@ def main() -> None:
     storage = Path(tempfile.mkdtemp(prefix="chaos-runs-"))
     outcomes: list[Outcome] = []
     with cluster() as nodes:
-        calm: dict[int, Run] = {}
+        calm: dict[tuple[int, int], Run] = {}
         for seed in range(options.first_seed, options.first_seed + options.runs):
             stage, victim = (2, 3)[seed % 2], options.victim or VICTIMS[seed // 2 % len(VICTIMS)]
-            if stage not in calm:
-                calm[stage] = Run(recipe(shared, storage, f"calm-zero{stage}", stage), nodes.address)
-                print(f"uninterrupted, ZeRO {stage}: {calm[stage].finish()['status']}", flush=True)
-            outcomes.append(one(seed, stage, victim, nodes, storage, shared, calm[stage]))
+            kind = stage, steps_of(victim)
+            if kind not in calm:
+                steps = {"train": {"max_steps": kind[1]}}
+                calm[kind] = Run(recipe(shared, storage, f"calm-{kind[1]}-zero{stage}", stage, **steps), nodes.address)
+                print(f"uninterrupted, ZeRO {stage}: {calm[kind].finish()['status']}", flush=True)
+            outcomes.append(one(seed, stage, victim, nodes, storage, shared, calm[kind]))
             print(outcomes[-1], flush=True)
             write(outcomes, options.output)
     bad = [o for o in outcomes if not o.is_good]
