@@ -490,6 +490,7 @@ def _summary(
         "checkpoint_share": round(waited / (seconds + waited), 4) if seconds else None,
         "padding_fraction": round(1 - state["filled"] / state["slots"], 4) if state["slots"] else None,
         "time_split": result["time_split"],
+        "attention": result["attention"],
         "mfu": None,
         "peak_memory_gib": round(result["peak_memory_gib"], 3),
         "overflowed_steps": result["overflowed_steps"],

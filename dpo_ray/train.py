@@ -153,6 +153,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         "peak_memory_gib": worker.peak_memory_gib(),
         "overflowed_steps": worker.engine.overflowed_steps,
         "time_split": worker.times.shares(),
+        "attention": str(worker.engine.model.attention),
         "pairs_seen": order.pairs_before(state.step),
         "num_steps": order.num_steps,
     }
