@@ -412,8 +412,8 @@ class BatchConfig(Config):
     """Most tokens in one forward-backward on one device, padding included. Changes speed and memory, not results."""
 
     row_tokens: int = Field(default=1024, ge=2)
-    """Where attention needs a mask, pairs are packed into rows of about this many tokens; a longer pair has its own.
-    Changes speed, not results."""
+    """Pairs are packed into rows of about this many tokens (a longer pair has its own). Changes speed, not results.
+    Not read where attention does no work between pairs (`attention` in `summary.json`): all are then in one row."""
 
     layout: Literal["branches", "padded"] = "branches"
     """`branches`: prompt once, both responses behind it, pairs packed. `padded`: every response in its own row."""

@@ -503,6 +503,7 @@ def _summary(
         "checkpoint_share": round(waited / (seconds + waited), 4) if seconds else None,
         "padding_fraction": round(1 - state["filled"] / state["slots"], 4) if state["slots"] else None,
         "time_split": time_split(result["time_split"], seconds, state["evaluation_seconds"], waited),
+        "attention": result["attention"],
         "mfu": result["mfu"],
         "peak_memory_gib": round(result["peak_memory_gib"], 3),
         "overflowed_steps": result["overflowed_steps"],

@@ -158,6 +158,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         "overflowed_steps": worker.engine.overflowed_steps,
         "time_split": worker.times.shares(),
         "mfu": worker.peak and state.flops / (state.train_seconds * worker.peak * world_size),
+        "attention": str(worker.engine.model.attention),
         "pairs_seen": order.pairs_before(state.step),
         "num_steps": order.num_steps,
     }

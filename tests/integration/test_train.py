@@ -89,6 +89,7 @@ def test_the_summary_tells_what_was_done(first: RunResult):
     assert summary["reference"]["from_store"] == 0
     assert summary["reference"]["computed"] > 100
     assert 0 <= summary["eval"]["rewards/accuracies_low"] < summary["eval"]["rewards/accuracies"]
+    assert summary["attention"] == "spans (CPU)"
     assert set(summary["time_split"]) == {"data", "forward", "backward", "optimizer", "communication"} | {
         "evaluation",
         "checkpoint",

@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dpo_ray import attention
 from dpo_ray.attention import (
@@ -243,6 +243,21 @@ def test_compiled_flex_attention_agrees_with_a_masked_one(window: int | None):
         torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+def test_rows_of_any_length_share_what_was_compiled(monkeypatch: pytest.MonkeyPatch, window: int | None):
+    """After some compilations dynamo gives up and computes every pair of tokens: rows must not ask for them."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(flex_attention, dynamic=True, backend="eager")
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
+    for seed in range(6):
+        batch = batch_of([(40 + 17 * seed + i, (30 + 5 * i, 90 - seed)) for i in range(1 + seed)])
+        query, key, value = (torch.randn(1, heads, batch.input_ids.shape[1], 16) for heads in (4, 2, 2))
+        flex_row_attention(None, query, key, value, block_mask(batch, window))
+    # The second where a row has by chance as many blocks as there are heads, and the first took them for one number.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 @pytest.mark.parametrize("kernel", ["mask", "spans", "flex"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_gives_no_nan(kernel: Kernel, dtype: torch.dtype):
@@ -260,6 +275,20 @@ def test_padding_gives_no_nan(kernel: Kernel, dtype: torch.dtype):
     if kernel != "flex":
         hidden[0].float().sum().backward()
         assert all(p.grad.isfinite().all() for p in model.body.parameters())
+
+
+@pytest.mark.parametrize("kernel", ["mask", "spans"])
+def test_recomputed_activations_change_no_gradient(kernel: Kernel):
+    gradients = []
+    for recomputes in (False, True):
+        model = model_of("gemma3 (windows in half the layers)").train()
+        if recomputes:
+            model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            model.language_model.enable_input_require_grads()
+        model.attend_with(Attention(kernel, "asked"))
+        model(RAGGED).logps.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_plain_rows_keep_the_mask_of_transformers():

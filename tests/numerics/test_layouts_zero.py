@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dpo_ray.engine
+from dpo_ray.attention import Attention
 from dpo_ray.config import EngineConfig, LoraConfig, ModelConfig, OptimConfig
 from dpo_ray.data.batching import Layout, Row, make_batch
 from dpo_ray.engine import ZeroEngine, deepspeed_config, sharded_loading
@@ -63,6 +64,8 @@ CASES = [
     # Experts of which DeepSpeed itself knows nothing: their adapters, and ranks that run different ones.
     Case(OLMOE, True, 3, "branches"),
     Case(EXPERT_LIST, False, 3, "branches"),
+    # A span at a time.
+    *itertools.starmap(Case, itertools.product(("llama", OLMOE), (False, True), (0, 3), ("one_row",))),
 ]
 
 
@@ -108,6 +111,8 @@ def one_step(rank: int, folder: Path, case: Case) -> Found:
     items = items_of()
     engine = ZeroEngine(load(folder, case), case.engine, OPTIM, num_steps=1)
     engine.train(True)
+    if case.layout == "one_row":
+        engine.model.attend_with(Attention("spans", "asked"))
     found = []
     for m, ranks in enumerate(PLAN):
         logps = engine(make_batch(items, ranks[rank], case.layout)).logps
