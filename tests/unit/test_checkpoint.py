@@ -39,6 +39,7 @@ def some_state() -> TrainState:
         slots=7,
         filled=5,
         flops=6e12,
+        evaluation_seconds=1.5,
         since_log={"loss": math.pi, "num_pairs": 64.0},
         evaluations=[Evaluation(10, {"loss": 0.1 + 0.2, "num_pairs": 5}), Evaluation(20, {"loss": 5e-324})],
         train_lines=[Evaluation(1, {"loss": math.log(2)})],
