@@ -31,6 +31,10 @@ FLEX_HEAD_WIDTHS = range(16, 257)
 """GPUs and heads that FlexAttention is asked of: Ampere and later; narrower heads it cannot do, wider ones spill."""
 
 
+FORWARD_ONLY = ("cpu", "mps")
+"""Where FlexAttention has no backward."""
+
+
 class Attention(NamedTuple):
     """How a model attends, and why so."""
 
@@ -237,7 +241,13 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Any]:
-    """One kernel for all lengths of rows; those of one row a batch, or it is compiled again for other numbers."""
+    """FlexAttention, compiled for rows of any length; again for a window, for gradients, and for more rows than one.
+
+    Dynamo by itself gives up after eight of these, and would then compute every pair of tokens.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -357,8 +367,9 @@ def flex_trouble(heads: int, key_heads: int, head_width: int, device: torch.devi
     generator = torch.Generator().manual_seed(0)
     sizes = [(1, count, batch.input_ids.shape[1], head_width) for count in (heads, key_heads, key_heads, heads)]
     *inputs, weights = (torch.randn(size, generator=generator).to(device, dtype) for size in sizes)
-    asks_gradient = device.type != "cpu"  # FlexAttention has no backward there
+    asks_gradient = device.type not in FORWARD_ONLY
 
+    @torch.enable_grad()
     def results(attend: Callable[..., Tensor], values: list[Tensor]) -> list[Tensor]:
         values = [value.detach().requires_grad_(asks_gradient) for value in values]
         out = attend(*values)

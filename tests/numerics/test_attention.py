@@ -324,6 +324,29 @@ def test_flex_attention_passes_its_check_and_a_wrong_or_broken_one_does_not(monk
     assert flex_trouble(4, 2, 16, CPU, torch.float32) == "ZeroDivisionError: division by zero"
 
 
+def dense_flex(query: Tensor, key: Tensor, value: Tensor, *, block_mask: Any, enable_gqa: bool, **_: Any) -> Tensor:
+    """What FlexAttention computes, by way of all pairs of tokens; it can be differentiated on a CPU."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=dense(block_mask)[:, None], enable_gqa=enable_gqa
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_check_looks_at_gradients_too(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype):
+    """As where there is a GPU; it is made while no gradients are asked for."""
+    monkeypatch.setattr(attention, "FORWARD_ONLY", ())
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: dense_flex)
+    with torch.no_grad():
+        assert flex_trouble(4, 2, 16, CPU, dtype) is None
+
+    def wrong_behind(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return dense_flex(query, 0.9 * key + 0.1 * key.detach(), value, **options)
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: wrong_behind)
+    with torch.no_grad():
+        assert "d key is 0.1 apart" in str(flex_trouble(4, 2, 16, CPU, dtype))
+
+
 class OnAnH200:
     """A GPU that is not there."""
 
