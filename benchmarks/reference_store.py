@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from common import arguments, data_of, make_model, ratios, recipe, spread, table, write
 
@@ -20,9 +19,8 @@ BETAS = (0.01, 0.05, 0.1, 0.3, 0.5)
 def measure(model: Path, data: str, storage: Path, num_pairs: int) -> dict[str, float]:
     """CPU seconds of the five trials' references, both ways."""
     from dpo_ray.models import policy_source, weights_fingerprint
-    from dpo_ray.pairs import PromptBranches
     from dpo_ray.prepare import prepare
-    from dpo_ray.reference import ReferenceStore, ReferenceTable, ResponseScorer, missing_responses
+    from dpo_ray.reference import ReferenceStore, ReferenceTable, ResponseScorer, by_prompt, missing_responses
 
     run = recipe(model, data, storage, num_pairs)
     prepared = prepare(run)
@@ -35,11 +33,7 @@ def measure(model: Path, data: str, storage: Path, num_pairs: int) -> dict[str, 
         store = ReferenceStore(root, fingerprint, "fp32")
         missing, _ = missing_responses(prepared.train_pairs, store)
         if missing:
-            by_prompt: dict[bytes, tuple[Any, list[Any]]] = {}
-            for prompt, response in missing:
-                by_prompt.setdefault(prompt.tobytes(), (prompt, []))[1].append(response)
-            items = [PromptBranches(prompt, tuple(responses)) for prompt, responses in by_prompt.values()]
-            store.write(ResponseScorer(source, "fp32", run.batch, store).score(items))
+            store.write(ResponseScorer(source, "fp32", run.batch, store).score(by_prompt(missing)))
         ReferenceTable(store, prepared.train_pairs)
         return time.process_time() - began
 

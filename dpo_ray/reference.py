@@ -231,12 +231,17 @@ def missing_responses(
     return [value for key, value in wanted.items() if key not in there], len(there)
 
 
+def by_prompt(responses: Iterable[tuple[Ids, Ids]]) -> list[PromptBranches]:
+    """Prompts with all their responses, from prompts each with one."""
+    found: dict[bytes, tuple[Ids, list[Ids]]] = {}
+    for prompt_ids, response_ids in responses:
+        found.setdefault(prompt_ids.tobytes(), (prompt_ids, []))[1].append(response_ids)
+    return [PromptBranches(prompt_ids, tuple(behind)) for prompt_ids, behind in found.values()]
+
+
 def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Table]:
     """Prompts with their missing responses, in blocks of about equal work; a prompt is computed once for all of its."""
-    by_prompt: dict[bytes, tuple[Ids, list[Ids]]] = {}
-    for prompt_ids, response_ids in missing:
-        by_prompt.setdefault(prompt_ids.tobytes(), (prompt_ids, []))[1].append(response_ids)
-    items = sorted(by_prompt.values(), key=lambda item: len(item[0]) + sum(map(len, item[1])))
+    items = sorted(by_prompt(missing), key=lambda item: len(item.prompt_ids) + sum(map(len, item.responses)))
     num_blocks = min(len(items), max(num_actors, -(-len(items) // PROMPTS_PER_PART)))
     return [
         pa.table(
