@@ -51,7 +51,7 @@ def run(name: str, model: Path, data: str, storage: Path, num_pairs: int) -> dic
 
 
 def take_apart() -> dict[str, float]:
-    """From here on, seconds of this process by part, of training alone: what is under `backward` at its first level."""
+    """From here on, seconds of this process by part; those of the reference pass together."""
     import torch
     from transformers import LlamaModel
 
@@ -79,19 +79,20 @@ def take_apart() -> dict[str, float]:
 
         return wrapper
 
-    head = dpo_ray.logps._ChunkedHead
     for owner, name, part in (
         (dpo_ray.train.PairSet, "plan", "plan and batches"),
         (dpo_ray.train, "make_batch", "plan and batches"),
         (dpo_ray.models, "attention_inputs", "masks"),
         (LlamaModel, "forward", "forward, without attention"),
         (torch.nn.functional, "scaled_dot_product_attention", "forward, attention"),
+        (dpo_ray.logps, "token_logps", "output layer, forward"),
+        (dpo_ray.models, "token_logps", "output layer, forward"),
         (torch.Tensor, "backward", "backward, without output layer"),
         (ZeroEngine, "step", "optimizer"),
         (dpo_ray.train.Worker, "step", "loss, metrics, engine"),
     ):
         setattr(owner, name, timed(part, getattr(owner, name)))
-    head.forward = staticmethod(timed("output layer, forward", head.forward))  # type: ignore[method-assign]
+    head = dpo_ray.logps._ChunkedHead
     head.backward = staticmethod(timed("output layer, backward", head.backward))  # type: ignore[method-assign]
     return seconds
 
