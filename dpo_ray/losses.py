@@ -81,8 +81,7 @@ def dpo_loss(
         The loss of each pair, not reduced, and rewards beta * (log pi - log pi_ref).
     """
     logits = beta * _score_gap(policy, reference, f_divergence, f_alpha) - margin
-    loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-    return _with_rewards(loss, policy, reference, beta)
+    return _with_rewards(_smoothed(logits, label_smoothing), policy, reference, beta)
 
 
 def robust_loss(
@@ -253,8 +252,7 @@ def aot_loss(
         matched_gap: [B], from `match_gaps` over all pairs of the step.
     """
     logits = beta * (policy.gap - matched_gap)
-    loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
-    return _with_rewards(loss, policy, reference, beta)
+    return _with_rewards(_smoothed(logits, label_smoothing), policy, reference, beta)
 
 
 def match_gaps(policy_gaps: Tensor, reference_gaps: Tensor) -> Tensor:
@@ -448,6 +446,11 @@ def _score_gap(policy: PairLogps, reference: PairLogps, f_divergence: str, f_alp
     """h: the chosen response's score less the rejected one's."""
     chosen, rejected = _scores(policy, reference, f_divergence, f_alpha)
     return chosen - rejected
+
+
+def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
+    """Logistic loss of labels of which a share is taken to be flipped."""
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
 def _with_rewards(loss: Tensor, policy: PairLogps, reference: PairLogps, beta: float) -> PreferenceLoss:

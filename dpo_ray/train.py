@@ -338,7 +338,9 @@ class Worker:
                 with self.times.of("backward"):
                     self.engine.backward((loss.loss * weights).sum() / divide_by, is_last=m == len(plan) - 1)
             counted = float(mine.counts)
-            flops = self.engine.model.flops(lengths_of(pairs[i]) for i in mine.items) if self.peak else 0
+            flops = 0  # counted in training alone, and only where a peak is known
+            if self.peak and divide_by is not None:
+                flops = self.engine.model.flops(lengths_of(pairs[i]) for i in mine.items)
             sums.add(pair_sums(policy, reference, loss, weights))
             sums.add(
                 {

@@ -1,5 +1,6 @@
 """A short fixed set of the chaos runs: real processes, real kills, weights compared bit for bit."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def calm(nodes: Nodes, storage: Path, shared: Path) -> Run:
 
 @pytest.mark.parametrize(
     ("seed", "victim", "cause"),
-    [(1, "worker", "worker 0 died"), (2, "preempted node", "taken away"), (3, "driver", "continued with --resume")],
+    [(1, "worker", "worker [01] died"), (2, "preempted node", "taken away"), (3, "driver", "continued with --resume")],
 )
 def test_a_run_comes_back_with_the_uninterrupted_runs_weights(
     calm: Run, nodes: Nodes, storage: Path, shared: Path, seed: int, victim: str, cause: str
@@ -43,4 +44,4 @@ def test_a_run_comes_back_with_the_uninterrupted_runs_weights(
     assert outcome.restarts == 1
     assert outcome.lost_steps <= (0 if victim == "preempted node" else 2 * CHECKPOINT_EVERY)
     run = storage / f"chaos-{seed}-{victim.replace(' ', '-')}-zero2"
-    assert cause in (run / "metrics.jsonl").read_text()
+    assert re.search(cause, (run / "metrics.jsonl").read_text())
