@@ -166,6 +166,15 @@ def mend_snapshot(run_folder: Folder) -> None:
         )
 
 
+def delete_unlisted(run_folder: Folder) -> None:
+    """Delete what a finished run leaves beside the checkpoints that it keeps: uploads that were cut."""
+    checkpoints = run_folder / CHECKPOINTS
+    if listed := _listed(checkpoints):
+        for name in checkpoints.folders():
+            if _age(name) and name not in listed:
+                checkpoints.delete(name)
+
+
 def none_is_whole(run_folder: Folder, faults: list[str]) -> InputError:
     what = "; ".join(faults) or "they are gone"
     return InputError(f"cannot resume: no checkpoint of {run_folder.path} is whole ({what}); choose another `name`")

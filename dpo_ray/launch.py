@@ -158,6 +158,7 @@ def _fit(
         if summary["status"] != "interrupted":
             write_model(folder, run, folder / MODEL_FOLDER, summary)
             summary["model_path"] = (folder / MODEL_FOLDER).path
+            checkpoint.delete_unlisted(folder)
         folder.write_json(SUMMARY_FILE, summary)
         follower.finish(summary)
     return RunResult(folder.path, summary)

@@ -15,6 +15,7 @@ from dpo_ray.checkpoint import (
     CHECKPOINTS,
     SNAPSHOT_FILE,
     TrainState,
+    delete_unlisted,
     find,
     free_name,
     load_rng,
@@ -232,3 +233,15 @@ def test_a_run_whose_checkpoints_are_all_cut_is_not_begun_anew(run: Run):
             (run.path / CHECKPOINTS / SNAPSHOT_FILE).write_text(content)
         with pytest.raises(InputError, match=r"\(step-000030: shards/0 is missing; step-000020: shards/0 is missing; "):
             mend_snapshot(run.folder)
+
+
+def test_a_finished_run_keeps_only_what_is_on_rays_list(run: Run):
+    cut = run.write("step-000030-2", 30) / "manifest-00000.json"
+    cut.unlink()
+    (run.path / CHECKPOINTS / "notes").mkdir()
+    delete_unlisted(run.folder)
+    left = sorted(path.name for path in (run.path / CHECKPOINTS).iterdir())
+    assert left == [SNAPSHOT_FILE, "notes", "step-000010", "step-000020", "step-000030"]
+    (run.path / CHECKPOINTS / SNAPSHOT_FILE).unlink()  # without the list nothing is known to be superfluous
+    delete_unlisted(run.folder)
+    assert (run.path / CHECKPOINTS / "step-000030").exists()
