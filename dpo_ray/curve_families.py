@@ -5,8 +5,8 @@ amplitude times a fixed shape of the size,
 
     f(n) = c - a g(n; shape),    a >= 0,
 
-so for a given shape the best c and a are a weighted linear regression and only the shape, one or two positive numbers, is
-searched (variable projection, Golub & Pereyra 1973). Curves here rise; `curves` turns a metric that falls.
+so for a given shape the best c and a are a weighted linear regression and only the shape, one or two positive numbers,
+is searched (variable projection, Golub & Pereyra 1973). Curves here rise; `curves` turns a metric that falls.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ GRID = {1: 33, 2: 17}
 """Points of the starting grid along every axis, by the number of axes."""
 
 SEARCH_ROUNDS = 60
-"""Of the pattern search; a parameter is then known to some millionths of itself, or to where the curve is flat in it."""
+"""Of the pattern search; a parameter is then known to some millionths of itself, or as far as it can be told at all."""
 
 
 class Family(NamedTuple):
@@ -74,10 +74,10 @@ FAMILIES: dict[str, Family] = {
 }
 """The families, fewest parameters first. `constant` is the null model: data does not matter.
 
-pow3, exp3, pow4 (a power law that starts at d pairs), wbl4 (Weibull) and mmf4 (Morgan, Mercer & Flodin 1975) as surveyed
-by Viering & Loog 2021 (arXiv:2103.10948), ilog2 and log2 as in Mohr et al. 2022 (LCDB); the last two are four-parameter
-curves written with the size k of their middle. log2 is what pow3 becomes as alpha goes to 0. Bounds keep a shape from
-becoming another family's or one that the sizes cannot tell from a constant.
+pow3, exp3, pow4 (a power law shifted by d pairs), wbl4 (Weibull) and mmf4 (Morgan, Mercer & Flodin 1975) are among
+those surveyed by Viering & Loog 2021 (arXiv:2103.10948); wbl4 and mmf4 are written here with a scale k in pairs, for
+mmf4 the size where half of a is gained. log2 is what pow3 becomes as alpha goes to 0. The bounds keep a shape from
+bending so far outside the sizes that they could not tell it from a constant or a line.
 """
 
 

@@ -3,8 +3,8 @@
 R is the number of seeds, S of sizes, B of resamples of the seeds. Inside, a metric that falls is turned round, so that
 larger is better; what comes out is in the metric's own sign and unit.
 
-Fits say nothing beyond twice the largest size, nor below the smallest. Rewards trained for a fixed number of epochs often
-have no plateau, because steps grow with pairs: fit shares (accuracies, win rates) where one has the choice.
+Fits say nothing beyond twice the largest size, nor below the smallest. Rewards trained for a fixed number of epochs
+often have no plateau, because steps grow with pairs: fit shares (accuracies, win rates) where one has the choice.
 """
 
 import math
@@ -26,7 +26,10 @@ REACH = 2
 """A forecast goes to this many times the largest size."""
 
 TIE = 0.1
-"""Errors of forecasts that differ by less than this many standard errors of what was forecast are equal."""
+"""Errors of forecasts that differ by less than this many standard errors of what was forecast are equal.
+
+A whole one would often take ilog2 for an exponential that has flattened, whose doubling is then promised too much.
+"""
 
 PRIOR_SEEDS = 4
 """What the mean variance of all sizes counts for beside a size's own, in seeds."""
@@ -63,8 +66,10 @@ def study_of(runs: Iterable[Run], *, direction: Literal["max", "min"], best_poss
 
     Raises:
         InputError: A size below 1, a value that is not finite or better than possible, a seed twice at a size, a size
-            without one of the seeds, or no run at all. It names the run.
+            without one of the seeds, no run at all, or another direction. It names the run.
     """
+    if direction not in ("max", "min"):
+        raise InputError(f"learning curve: a metric's direction is max or min, got {direction}")
     values: dict[tuple[int, int], float] = {}
     for run in runs:
         if run.size < 1:
@@ -95,7 +100,7 @@ class CurveFit:
     study: Study
     family: str
     parameters: dict[str, float]
-    """By the names of the family's formula, with `+ a` in place of `- a` (and the reverse) for a metric that falls."""
+    """By the names of the family's formula; for a metric that falls, a has the other sign there."""
     left_out_errors: dict[str, float]
     """Family -> |forecast - mean| at the largest size, of the fit without it, in the metric's unit."""
     level: float
@@ -114,10 +119,15 @@ class CurveFit:
         Raises:
             InputError: A size beyond twice the largest or below the smallest of the study.
         """
-        return self.study.sign * self._bounded(self.curve.at(FAMILIES[self.family], self._allowed(sizes)))[0]
+        asked = self._allowed(sizes)
+        values: FloatArray = self.study.sign * self._bounded(self.curve.at(FAMILIES[self.family], asked))[0]
+        return values
 
     def band(self, sizes: Sequence[float] | FloatArray) -> tuple[FloatArray, FloatArray] | None:
         """Lower and upper bounds at each of `sizes`, [N] each, pointwise; None with one run per size.
+
+        Simulated, a 95 % band of five seeds covers 95 to 97 % at twice the largest size, one of three seeds 91 %: with so
+        few the choice of the family is often wrong in the same way in most resamples.
 
         Raises:
             InputError: As `predict`.
@@ -166,20 +176,23 @@ def fit_curve(
     """Fit every family, choose the one that best foretells the largest size from the others, and resample the seeds.
 
     The choice is by error at the size left out, not by fit, which more parameters always improve; errors that differ by
-    less than the tie width of `_choose` go to the family that stands first. A family needs one size more than it
-    has parameters. Each resample chooses its own family, so that the band holds the doubt about the family too.
+    less than `TIE` standard errors go to the family that stands first. A family needs one size more than it has
+    parameters. Each resample chooses its own family, so that the band holds the doubt about the family too.
 
     Args:
         families: Names in `FAMILIES`, by preference among equals.
-        standard_errors: [S] of the means; by default they come from the spread over seeds, and with one run per size all
-            sizes weigh the same.
+        standard_errors: [S] of the means; sizes weigh 1 / error**2. By default they come from the spread over seeds,
+            and with one run per size all weigh the same.
         level: Of the bands.
         num_resamples: B; seeds are drawn with replacement and keep their values at all sizes.
         random_seed: Of the drawing; the same gives the same bands.
 
     Raises:
-        InputError: Fewer than four sizes, an unknown family, or standard errors that are not above zero.
+        InputError: Fewer than four sizes, an unknown family or none that fits so few sizes, standard errors that are
+            not above zero, a level outside (0, 1), or fewer than 100 resamples.
     """
+    if not 0 < level < 1:
+        raise InputError(f"a confidence level lies between 0 and 1, got {level}")
     sizes = study.sizes.astype(np.float64)
     if len(sizes) < MIN_SIZES:
         raise InputError(f"a learning curve needs at least {MIN_SIZES} sizes, got {len(sizes)}")
@@ -209,9 +222,8 @@ def fit_curve(
         shorter = fit_family(family, sizes[:-1], means[:, :-1], weights[:-1], ceiling)
         missed.append(np.abs(shorter.at(family, sizes[-1:])[:, 0] - means[:, -1]))
         whole.append(fit_family(family, sizes, means, weights, ceiling))
-    chosen = _choose(
-        np.stack(missed), float(errors[-1]) if num_seeds > 1 or standard_errors is not None else 0.0, means
-    )
+    noise = 0.0 if num_seeds == 1 and standard_errors is None else float(errors[-1])
+    chosen = _choose(np.stack(missed), noise, np.ptp(means, axis=1))
 
     name, curve = possible[chosen[0]], _rows(whole[chosen[0]], np.array([0]))
     resamples = {
@@ -323,9 +335,18 @@ def _standard_errors(study: Study, given: Sequence[float] | None) -> FloatArray:
     if pooled == 0:
         return np.ones(num_sizes)
     drawn = (PRIOR_SEEDS * pooled + (num_seeds - 1) * variances) / (PRIOR_SEEDS + num_seeds - 1)
-    return np.sqrt(drawn / num_seeds)
+    shrunk: FloatArray = np.sqrt(drawn / num_seeds)
+    return shrunk
 
 
-def _choose(missed: FloatArray, error: float, means: FloatArray) -> npt.NDArray[np.int64]:
-    tie = np.maximum(TIE * error, 1e-4 * np.ptp(means, axis=1))
-    return (missed <= missed.min(axis=0) + tie).argmax(axis=0)
+def _choose(missed: FloatArray, noise: float, spans: FloatArray) -> npt.NDArray[np.int64]:
+    """The family of each of B curves: the first of those whose error is as good as the smallest.
+
+    Args:
+        missed: [families, B] errors at the size left out.
+        noise: Standard error of the mean there; 0 when unknown.
+        spans: [B] largest less smallest mean; a ten-thousandth of it is the search's own rounding.
+    """
+    tie = np.maximum(TIE * noise, 1e-4 * spans)
+    first: npt.NDArray[np.int64] = np.argmax(missed <= missed.min(axis=0) + tie, axis=0)
+    return first
