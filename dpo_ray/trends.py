@@ -1,9 +1,10 @@
 """Dips, plateaus and "less is more", by test and not by eye. Pure: numpy and scipy, no torch, no file.
 
 With one run per size a dip of a point or two cannot be told from the noise of the seed, so nothing is then claimed.
-Comparisons are paired by seed: a seed at two sizes shares its nested subsets, its initial adapter and its held-out pairs.
+Comparisons are paired by seed: a seed at two sizes shares its order of the data, its initial weights and its test set.
 """
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -47,7 +48,7 @@ class Trend(NamedTuple):
     monotone: FloatArray
     """[S], the best curve that never gets worse with more pairs (isotonic regression of the means): the null curve."""
     monotone_low: FloatArray | None
-    """[S], its band; None with one run per size."""
+    """[S], its 95 % band over seeds; None with one run per size."""
     monotone_high: FloatArray | None
 
 
@@ -86,7 +87,7 @@ def trend(
 
     A dip is a step whose one-sided paired t-test, Holm-adjusted over the steps, is below `alpha` and whose mean change
     is for the worse by more than `smallest_change`; a rise is its mirror image with an adjustment of its own. A plateau
-    starts at a size from which every later one is equivalent within `delta` (TOST). All of them must be, so none needs an
+    starts at a size to which every later one is equivalent within `delta` (TOST). All of them must be, so none needs an
     adjustment (Berger 1982); sizes are tried from the last backwards until one fails, a fixed order in which the chance
     of too early a start stays below `alpha` too. A step that is none of these is not distinguishable from noise.
 
@@ -106,7 +107,7 @@ def trend(
     sizes, oriented = study.sizes.tolist(), study.sign * study.values
     num_seeds, num_sizes = oriented.shape
     monotone = _monotone(oriented)
-    pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+    pairs = list(itertools.pairwise(sizes))
     if num_seeds == 1:
         steps = [
             Step(small, large, _unbounded(study.values[0, i + 1] - study.values[0, i]), None, None, "untestable")
@@ -115,8 +116,8 @@ def trend(
         return Trend(steps, None, study.sign * monotone, None, None)
 
     columns = list(oriented.T)
-    dips = holm([p_greater(before, after) for before, after in zip(columns[:-1], columns[1:], strict=True)])
-    rises = holm([p_greater(after, before) for before, after in zip(columns[:-1], columns[1:], strict=True)])
+    dips = holm([p_greater(before, after) for before, after in itertools.pairwise(columns)])
+    rises = holm([p_greater(after, before) for before, after in itertools.pairwise(columns)])
     start = num_sizes - 1
     while start > 0 and all(equivalence(later, columns[start - 1], delta) < alpha for later in columns[start:]):
         start -= 1
