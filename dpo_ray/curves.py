@@ -126,8 +126,7 @@ class CurveFit:
     def band(self, sizes: Sequence[float] | FloatArray) -> tuple[FloatArray, FloatArray] | None:
         """Lower and upper bounds at each of `sizes`, [N] each, pointwise; None with one run per size.
 
-        Simulated, a 95 % band of five seeds covers 95 to 97 % at twice the largest size, one of three seeds 91 %: with so
-        few the choice of the family is often wrong in the same way in most resamples.
+        Simulated at twice the largest size, a 95 % band covers about 95 % with five seeds and 91 % with three.
 
         Raises:
             InputError: As `predict`.
