@@ -13,7 +13,10 @@ ROOT = Path(__file__).parent.parent.parent
 # Highest first: a module imports from the rows above its own and from its own row. `data` stands for all of `data.*`.
 LAYERS = {
     "words": ["config", "pairs", "errors"],
-    "mathematics": ["losses", "logps", "metrics", "stopping", "curves", "acquisition.scores", "acquisition.choose"],
+    "mathematics": [
+        *("losses", "logps", "metrics", "stopping", "comparisons", "curve_families", "curves", "trends"),
+        *("acquisition.scores", "acquisition.choose"),
+    ],
     "material": [
         *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
         *("checkpoint", "tracking", "report", "recipe_reference", "device", "memory", "prepare"),
