@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from scipy.stats import rankdata
 
 from dpo_ray.acquisition import scores
@@ -52,7 +51,7 @@ class Selection(NamedTuple):
     """Candidates left after each stage, in order: `pool`, `unlabelled`, `eligible`, perhaps `diverse`, `chosen`."""
 
     barred: dict[str, int]
-    """Candidates that a limit took out of the running, by limit; each counts once."""
+    """Candidates that a limit kept out when it was their turn, by limit."""
 
     undecided: str | None
     """Why the choice is random although another strategy was asked for."""
@@ -169,7 +168,7 @@ def choose(
     if isinstance(batch, KCenter | LogDet):
         best = _best(ranked, math.ceil(batch.over * ask.budget))
         stages["diverse"] = int(best.sum())
-        run.pick(_diverse(pool, batch, ask, ranked.keys), batch.stage, among=best)
+        run.pick(_diverse(pool, batch, ask, ranked.keys, best | is_labelled), batch.stage, among=best)
         run.pick(_Fixed(ranked.keys), "fill")
     elif STRATEGIES[strategy].batch and not ranked.undecided:
         greedy = STRATEGIES[strategy].batch
@@ -254,28 +253,42 @@ class _Density:
 
     def __init__(self, pool: Features, weight: float, neighbours: int) -> None:
         self._weight = weight
-        self._information, self._radius, self._width = scores.bal_pm_terms(pool, neighbours=neighbours)
-        self._points = pool.column("prompt_hidden", "bal_pm").astype(np.float64)
-        self._counts = np.zeros(len(pool))
+        self._terms = scores.prompt_terms(pool, neighbours=neighbours)
+        self._counts = np.zeros(len(self._terms.points))
 
     def values(self) -> Floats:
-        return scores.bal_pm_values(self._information, self._radius, self._width, self._counts, self._weight)
+        return self._terms.values(self._counts, self._weight)
 
     def take(self, row: int) -> None:
-        self._counts += distances(self._points, self._points[row]) < self._radius
+        points = self._terms.points
+        self._counts += distances(points, points[self._terms.prompt[row]]) < self._terms.radius
+
+
+class _Within:
+    """Keys over some rows of the pool, as keys over all of it."""
+
+    def __init__(self, keys: Keys, rows: Mask) -> None:
+        self._keys, self._rows = keys, rows
+        self._place = np.cumsum(rows) - 1
+
+    def values(self) -> Floats:
+        return _spread(self._keys.values(), self._rows, -np.inf)
+
+    def take(self, row: int) -> None:
+        self._keys.take(int(self._place[row]))
 
 
 class Barrier(Protocol):
-    """A limit: who is out of the running."""
+    """A limit: whether a candidate may still be chosen. It is asked about those whose turn it is, not about all N."""
 
     name: str
     counts_labelled: bool
 
-    def before(self) -> Mask:
-        """[N], barred from the start."""
+    def admits(self, row: int) -> bool:
+        """Whether this candidate may be chosen beside those that are."""
 
-    def after(self, row: int) -> Mask:
-        """[N], barred by this choice."""
+    def take(self, row: int) -> None:
+        """A candidate is chosen."""
 
 
 class _Cap:
@@ -286,16 +299,13 @@ class _Cap:
     def __init__(self, name: str, labels: NDArray[Any], limits: Mapping[str, int] | int) -> None:
         self.name = name
         names, self._label = np.unique(labels, return_inverse=True)
-        caps = [limits if isinstance(limits, int) else limits.get(str(label), len(labels)) for label in names]
-        self._left = np.array(caps)
+        self._left = [limits if isinstance(limits, int) else limits.get(str(label), len(labels)) for label in names]
 
-    def before(self) -> Mask:
-        return np.asarray(self._left[self._label] <= 0)
+    def admits(self, row: int) -> bool:
+        return bool(self._left[self._label[row]] > 0)
 
-    def after(self, row: int) -> Mask:
-        label = self._label[row]
-        self._left[label] -= 1
-        return np.asarray(self._label == label) if self._left[label] <= 0 else np.zeros(len(self._label), dtype=bool)
+    def take(self, row: int) -> None:
+        self._left[self._label[row]] -= 1
 
 
 class _Cosine:
@@ -305,51 +315,54 @@ class _Cosine:
     counts_labelled = True
 
     def __init__(self, hidden: NDArray[Any], most: float) -> None:
-        hidden = hidden.astype(np.float64)
-        lengths = np.linalg.norm(hidden, axis=2, keepdims=True)
-        self._units = np.divide(hidden, lengths, out=np.zeros_like(hidden), where=lengths > 0)
+        self._hidden = hidden
+        self._taken: list[Floats] = []  # of [2, D]
         # The cosine of two equal vectors may round to less than 1.
         self._most = most - 1e-12
 
-    def before(self) -> Mask:
-        return np.zeros(len(self._units), dtype=bool)
+    def admits(self, row: int) -> bool:
+        mine = self._units(row)
+        for theirs in self._taken:
+            (a, b), (c, d) = mine @ theirs.T
+            if max(min(a, d), min(b, c)) >= self._most:
+                return False
+        return True
 
-    def after(self, row: int) -> Mask:
-        cosines = self._units @ self._units[row].T  # [N, 2, 2]
-        straight = np.minimum(cosines[:, 0, 0], cosines[:, 1, 1])
-        crossed = np.minimum(cosines[:, 0, 1], cosines[:, 1, 0])
-        return np.asarray(np.maximum(straight, crossed) >= self._most)
+    def take(self, row: int) -> None:
+        self._taken.append(self._units(row))
+
+    def _units(self, row: int) -> Floats:
+        pair = self._hidden[row].astype(np.float64)
+        lengths = np.linalg.norm(pair, axis=1, keepdims=True)
+        return np.asarray(np.divide(pair, lengths, out=np.zeros_like(pair), where=lengths > 0))
 
 
 class _Jaccard:
-    """Share of common word triples, exactly, from the lists of texts that hold each triple."""
+    """Share of common word triples, exactly, from the lists of chosen texts that hold each triple."""
 
     name = "max_jaccard"
     counts_labelled = True
 
-    def __init__(self, texts: Sequence[str], most: float) -> None:
-        triples = [_triples(text) for text in texts]
-        column = {triple: i for i, triple in enumerate(sorted(set().union(*triples)))}
-        columns = [column[triple] for held in triples for triple in sorted(held)]
-        self._sizes = np.array([len(held) for held in triples])
-        ends = np.concatenate([[0], np.cumsum(self._sizes)])
-        self._holds = csr_array((np.ones(len(columns)), columns, ends), shape=(len(triples), len(column)))
-        self._held_by = self._holds.T.tocsr()
-        self._most = most
+    def __init__(self, texts: NDArray[Any], most: float) -> None:
+        self._texts, self._most = texts, most
+        self._sizes: list[int] = []  # of the chosen ones
+        self._held_by: dict[str, list[int]] = {}
 
-    def before(self) -> Mask:
-        return np.zeros(len(self._sizes), dtype=bool)
+    def admits(self, row: int) -> bool:
+        mine = _triples(self._texts[row])
+        common = Counter(other for triple in mine for other in self._held_by.get(triple, ()))
+        return all(n < self._most * (len(mine) + self._sizes[other] - n) for other, n in common.items())
 
-    def after(self, row: int) -> Mask:
-        held = self._holds.indices[self._holds.indptr[row] : self._holds.indptr[row + 1]]
-        lists = [self._held_by.indices[self._held_by.indptr[i] : self._held_by.indptr[i + 1]] for i in held]
-        common = np.bincount(np.concatenate(lists), minlength=len(self._sizes))
-        return np.asarray(common >= self._most * (self._sizes + self._sizes[row] - common))
+    def take(self, row: int) -> None:
+        mine = _triples(self._texts[row])
+        for triple in mine:
+            self._held_by.setdefault(triple, []).append(len(self._sizes))
+        self._sizes.append(len(mine))
 
 
 def _triples(text: str) -> set[str]:
     """Each three words in a row, whatever their case and spacing; a shorter text is one piece."""
-    words = text.casefold().split()
+    words = str(text).casefold().split()
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
@@ -361,32 +374,35 @@ class _Run:
         self.picked: list[tuple[int, float, str]] = []
         self.barred: Counter[str] = Counter()
         for barrier in barriers:
-            self._bar(barrier.name, barrier.before())
             for row in labelled if barrier.counts_labelled else ():
-                self._bar(barrier.name, barrier.after(row))
+                barrier.take(int(row))
 
     def pick(self, keys: Keys, stage: str, among: Mask | None = None) -> None:
         """Go on until the budget is spent or nothing is left (among these)."""
-        for row in (*self._labelled, *(row for row, _, _ in self.picked)):
+        for row in self._labelled:
             keys.take(int(row))
         while len(self.picked) < self._budget:
-            rows = np.flatnonzero(self._open if among is None else self._open & among)
-            if not len(rows):
+            now = np.where(self._open if among is None else self._open & among, keys.values(), -np.inf)
+            row = self._first_admitted(now)
+            if row is None:
                 return
-            values = keys.values()[rows]
-            at = int(values.argmax())  # the first of equals: the smallest id
-            row = int(rows[at])
-            self.picked.append((row, float(values[at]), stage))
+            self.picked.append((row, float(now[row]), stage))
             self._open[row] = False
             keys.take(row)
             for barrier in self._barriers:
-                self._bar(barrier.name, barrier.after(row))
+                barrier.take(row)
 
-    def _bar(self, name: str, rows: Mask) -> None:
-        rows = rows & self._open
-        if rows.any():
-            self.barred[name] += int(rows.sum())
-            self._open[rows] = False
+    def _first_admitted(self, now: Floats) -> int | None:
+        """The row with the largest key that no limit bars, the smallest id of equals. Those it bars are out for good:
+        limits only tighten."""
+        while now[row := int(now.argmax())] > -np.inf:
+            barrier = next((barrier.name for barrier in self._barriers if not barrier.admits(row)), None)
+            if barrier is None:
+                return row
+            self.barred[barrier] += 1
+            self._open[row] = False
+            now[row] = -np.inf
+        return None
 
 
 def clusters(points: Floats, num_clusters: int) -> NDArray[np.int64]:
@@ -453,7 +469,7 @@ def _barriers(pool: Features, limits: Limits) -> list[Barrier]:
     if limits.max_cosine is not None:
         barriers.append(_Cosine(pool.column("hidden", "max_cosine"), limits.max_cosine))
     if limits.max_jaccard is not None:
-        barriers.append(_Jaccard([str(text) for text in pool.column("text", "max_jaccard")], limits.max_jaccard))
+        barriers.append(_Jaccard(pool.column("text", "max_jaccard"), limits.max_jaccard))
     return barriers
 
 
@@ -464,11 +480,13 @@ def _points(pool: Features, by: str, wanted_by: str) -> Floats:
     return np.asarray(pool.column("hidden", wanted_by).astype(np.float64).mean(axis=1))
 
 
-def _diverse(pool: Features, batch: KCenter | LogDet, ask: Ask, keys: Floats) -> Keys:
+def _diverse(pool: Features, batch: KCenter | LogDet, ask: Ask, keys: Floats, rows: Mask) -> Keys:
+    """The rule of a diverse batch over these rows: all others would only cost time."""
     if isinstance(batch, KCenter):
-        return FarthestFirst(_points(pool, batch.by, "k_center"), keys)
+        points = _points(pool, batch.by, "k_center")
+        return _Within(FarthestFirst(points[rows], keys[rows]), rows)
     vectors = scores.differences(pool, seed=ask.seed, width=batch.width, wanted_by="log_det")
-    return LogDetGain(vectors, batch.ridge)
+    return _Within(LogDetGain(vectors[rows], batch.ridge), rows)
 
 
 def _own_rule(pool: Features, strategy: str, ask: Ask, options: Mapping[str, Any]) -> Keys:
@@ -493,8 +511,8 @@ def _noisy(pool: Features, ranked: Scores, noise: Noise, ask: Ask) -> Floats:
     if (keys[ranked.eligible] < 0).any():
         raise InputError("`batch`: `power` needs scores that are not negative; take softmax or softrank")
     # A score of 0 has no chance, and is taken by id once nothing else is left.
-    weights = np.log(keys, out=np.full(len(keys), -np.inf), where=keys > 0)
-    return np.asarray(noise.sharpness * weights + gumbel)
+    weights = np.log(keys, out=np.zeros(len(keys)), where=keys > 0)
+    return np.where(keys > 0, noise.sharpness * weights + gumbel, np.finfo(np.float64).min)
 
 
 def _best(ranked: Scores, count: int) -> Mask:

@@ -158,7 +158,7 @@ def test_a_labelled_pair_is_not_chosen_again_and_takes_no_part_in_quantiles():
 def test_the_first_and_the_second_are_sampled_with_the_weights_of_the_scores(noise: Noise, weight: Any):
     values = np.array([0.5, 1.0, 2.0, 2.0, 3.0])
     features = scored(*values)
-    draws, first, second = 4000, Counter(), Counter()
+    draws, first, second = 2500, Counter(), Counter()
     for seed in range(draws):
         one, two = rows(choose(features, "oracle_gap", Ask(2, seed), batch=noise))
         first[one] += 1
@@ -332,8 +332,9 @@ def test_caps_hold_and_name_what_they_bar():
     source = Counter(str(pool().source[i]) for i in rows(found))
     assert source == {"s1": 2, "s2": 7}
     assert len({pool().prompt_id[i] for i in rows(found)}) == 9
-    assert found.barred["per_source"] >= 8
     assert set(found.barred) == {"per_prompt", "per_source"}
+    before = {i for i in range(24) if score("oracle_gap", pool(), Ask(9)).keys[i] > found.choices[-1].key}
+    assert sum(found.barred.values()) >= len(before - set(rows(found))) > 3  # the rest tie with the last one
 
 
 def test_under_a_cap_the_best_of_each_are_chosen():

@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,12 +184,12 @@ def test_bal_pm_worked_by_hand():
 def test_distances_to_neighbours_are_those_of_brute_force():
     points = np.random.default_rng(3).normal(size=(70, 5)) + 100
     points[7] = points[8]
-    features = pool(70, prompt_id=[f"q{i}" for i in range(70)], prompt_hidden=points)
+    features = pool(70, prompt_id=[f"q{i:02}" for i in range(70)], prompt_hidden=points)
     for k in (1, 4, 200):
         brute = np.sort(np.linalg.norm(points[:, None] - points, axis=2), axis=1)[:, min(k, 69)]
-        np.testing.assert_allclose(scores.bal_pm_terms(features, neighbours=k)[1], brute, rtol=1e-12)
+        np.testing.assert_allclose(scores.prompt_terms(features, neighbours=k).radius, brute, rtol=1e-12)
         np.testing.assert_allclose(scores._kth_distances(points, min(k, 69), rows=16), brute, rtol=1e-12)
-    assert scores.bal_pm_terms(features, neighbours=1)[1][7] == 0
+    assert scores.prompt_terms(features, neighbours=1).radius[7] == 0
     assert np.isfinite(score("bal_pm", features, ASK, {"neighbours": 1}).values).all()
 
 
@@ -378,6 +379,7 @@ def test_an_empty_pool_is_refused():
         ("adpo", {"threshold": -1}, "`threshold`: -1 is not a number above 0"),
         ("d_optimal", {"ridge": 0}, "`ridge`: 0 is not a number above 0"),
         ("d_optimal", {"width": 0}, "`width`: 0; at least 1 is needed"),
+        ("bal_pm", {"weight": 0}, "`weight`: 0 is not a number above 0"),
         ("bal_pm", {"neighbours": 0}, "`neighbours`: 0; at least 1 is needed"),
         ("margin_band", {"low": 0.5, "high": 0.5}, "`low`, `high`: 0.5 and 0.5 are no band within 0 and 1"),
         ("margin_band", {"of": "both"}, "`of`: `both` is neither `absolute` nor `signed`"),
@@ -421,7 +423,7 @@ def test_lengths_and_members_that_are_missing_are_named():
         score("random", pool(), Ask(0))
 
 
-def test_scores_and_choices_need_no_torch():
+def test_scores_and_choices_need_no_torch(repository: Path):
     code = "import dpo_ray.acquisition.choose, sys; print([m for m in ('torch', 'ray', 'pandas') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
