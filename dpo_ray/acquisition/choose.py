@@ -151,20 +151,9 @@ def choose(
     if is_labelled.all():
         return Selection((), stages | {"eligible": 0, "chosen": 0}, {}, None)
 
-    # Labelled rows keep their place, as starting points, but take no part in quantiles, ranks and the like.
-    found = scores.score(strategy, pool.take(~is_labelled), ask, options)
-    ranked = Scores(
-        _spread(found.values, ~is_labelled, np.nan),
-        _spread(found.keys, ~is_labelled, -np.inf),
-        _spread(found.eligible, ~is_labelled, False),
-        found.undecided,
-    )
+    ranked = _rank(pool, strategy, ask, options, is_labelled)
     stages["eligible"] = int(ranked.eligible.sum())
-    barriers = _barriers(pool, limits)
-    run = _Run(ask.budget, ranked.eligible.copy(), barriers, np.flatnonzero(is_labelled))
-
-    direction = STRATEGIES[strategy].direction
-    top = "random" if ranked.undecided or direction == "random" else "top"
+    run = _Run(ask.budget, ranked.eligible.copy(), _barriers(pool, limits), np.flatnonzero(is_labelled))
     if isinstance(batch, KCenter | LogDet):
         best = _best(ranked, math.ceil(batch.over * ask.budget))
         stages["diverse"] = int(best.sum())
@@ -176,7 +165,8 @@ def choose(
     elif isinstance(batch, Noise) and not ranked.undecided:
         run.pick(_Fixed(_noisy(pool, ranked, batch, ask)), batch.kind)
     else:
-        run.pick(_Fixed(ranked.keys), top)
+        is_random = ranked.undecided or STRATEGIES[strategy].direction == "random"
+        run.pick(_Fixed(ranked.keys), "random" if is_random else "top")
 
     name = "random" if ranked.undecided else strategy
     choices = tuple(
@@ -450,6 +440,18 @@ def _check(strategy: str, batch: Batch, limits: Limits) -> None:
         share = getattr(limits, name)
         if share is not None and not 0 < share <= 1:
             raise InputError(f"`{name}`: {share:g} is not above 0 and at most 1")
+
+
+def _rank(pool: Features, strategy: str, ask: Ask, options: Mapping[str, Any] | None, is_labelled: Mask) -> Scores:
+    """The scores of the whole pool. Labelled rows keep their place, as starting points of greedy rules, but take no part
+    in quantiles and ranks and are not eligible."""
+    found = scores.score(strategy, pool.take(~is_labelled), ask, options)
+    return Scores(
+        _spread(found.values, ~is_labelled, np.nan),
+        _spread(found.keys, ~is_labelled, -np.inf),
+        _spread(found.eligible, ~is_labelled, False),
+        found.undecided,
+    )
 
 
 def _barriers(pool: Features, limits: Limits) -> list[Barrier]:

@@ -466,7 +466,7 @@ def differences(features: Features, *, seed: int, width: int, wanted_by: str) ->
     vectors = hidden[:, 0] - hidden[:, 1]
     if vectors.shape[1] > width:
         signs = np.random.default_rng(seed).integers(0, 2, size=(vectors.shape[1], width)) * 2.0 - 1
-        vectors = vectors @ signs / math.sqrt(width)
+        vectors = vectors @ signs
     size = math.sqrt(np.square(vectors).sum(axis=1).mean())
     return np.asarray(vectors / size if size > 0 else vectors)
 

@@ -182,7 +182,13 @@ def test_sharp_noise_is_none():
 
 def test_ineligible_pairs_take_no_rank():
     """Certainty outside the chosen prompts must not push those within down: the first of 1 is sure of being chosen."""
-    features = pool(4, prompt_id=["a", "b", "c", "d"], sample_logps=[[-9.0], [-1.0], [-2.0], [-3.0]])
+    features = pool(
+        4,
+        prompt_id=["a", "b", "c", "d"],
+        sample_logps=[[-9.0], [-1.0], [-2.0], [-3.0]],
+        policy_logps=[[-5.0, -4.0], [-9.0, -3.0], [-9.0, -2.0], [-9.0, -1.0]],
+        reference_logps=[[-4.0, -4.0]] * 4,
+    )
     found = choose(
         features,
         "entropy_then_certainty",

@@ -211,7 +211,9 @@ def test_d_optimal_does_not_depend_on_the_scale_of_hidden_states():
 
 
 def test_a_projection_keeps_lengths_on_average():
-    wide = pool(40, hidden=np.random.default_rng(5).normal(size=(40, 2, 2000)))
+    hidden = np.zeros((40, 2, 2000))
+    hidden[:, :, 1000:] = np.random.default_rng(5).normal(size=(40, 2, 1000))
+    wide = pool(40, hidden=hidden)
     whole = scores.differences(wide, seed=0, width=2000, wanted_by="x")
     narrow = scores.differences(wide, seed=0, width=400, wanted_by="x")
     assert narrow.shape == (40, 400)
