@@ -443,8 +443,8 @@ def _check(strategy: str, batch: Batch, limits: Limits) -> None:
 
 
 def _rank(pool: Features, strategy: str, ask: Ask, options: Mapping[str, Any] | None, is_labelled: Mask) -> Scores:
-    """The scores of the whole pool. Labelled rows keep their place, as starting points of greedy rules, but take no part
-    in quantiles and ranks and are not eligible."""
+    """The scores of the whole pool. Labelled rows keep their place, as starting points of greedy rules, but are not
+    eligible and take no part in quantiles and ranks."""
     found = scores.score(strategy, pool.take(~is_labelled), ask, options)
     return Scores(
         _spread(found.values, ~is_labelled, np.nan),
