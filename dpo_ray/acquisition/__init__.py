@@ -1,0 +1,1 @@
+"""Active preference learning: which candidate pairs are worth a label."""
