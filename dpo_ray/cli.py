@@ -10,14 +10,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich.live
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
@@ -102,6 +103,92 @@ def train_here(run: RunConfig, *, resume: bool, address: str | None) -> dict[str
         console.print(f"interrupted at step {summary['steps']}, saved; continue with --resume")
         raise typer.Exit(130)
     return summary
+
+
+@app.command()
+@explained
+def sweep(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    space: Annotated[
+        str,
+        typer.Option(
+            help="What varies: beta, beta_and_lr, data_size, mixture, loss_family, lora, a YAML file, M:NAME."
+        ),
+    ] = "beta",
+    search: Annotated[
+        str, typer.Option(help="grid, random or optuna; default: grid, or random where ranges vary.")
+    ] = "",
+    scheduler: Annotated[
+        str, typer.Option(help="asha, median or none: what breaks trials off; default: asha, none where data varies.")
+    ] = "",
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Objective, such as rewards/accuracies or kl:min; several for optuna.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="At most so many trials.")] = None,
+    hours: Annotated[float | None, typer.Option(help="Stop after so many hours.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Stop after training on so many pairs, over all trials.")] = None,
+    plateau: Annotated[
+        int | None, typer.Option(help="Stop after so many trials in a row without a better one.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds of each configuration.")] = None,
+    confirm: Annotated[int, typer.Option(min=0, help="Run the best so many configurations again on fresh seeds.")] = 0,
+    confirm_seeds: Annotated[int, typer.Option(min=1, help="So many fresh seeds.")] = 3,
+    grace_steps: Annotated[
+        int | None, typer.Option(help="No trial is broken off before; default: 2 evaluations.")
+    ] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at a time; default: what has room.")] = None,
+    search_seed: Annotated[int, typer.Option(help="Seed of the search itself.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Folder of the study; default: recipe and space.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the study; finished trials stay.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials; run nothing.")] = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Try settings of a recipe: each trial a whole run, poor ones broken off, learning curves and a report."""
+    from dpo_ray.launch import Interrupt
+    from dpo_ray.prepare import resolve
+    from dpo_ray.space import load_space
+
+    run = resolve(load_run(recipe, dict(map(parse_override, overrides or []))))
+    found = load_space(space, run, metric or (), seeds)
+    interrupt = Interrupt()
+    with result_stream(as_json) as emit:
+        from dpo_ray.sweep import Search, default_scheduler, default_search, plan
+        from dpo_ray.sweep import sweep as run_study
+
+        how = Search(
+            search=search or default_search(found),
+            scheduler=scheduler or default_scheduler(found),
+            grace_steps=grace_steps,
+            trials=trials,
+            hours=hours,
+            pairs=pairs,
+            plateau=plateau,
+            confirm=confirm,
+            confirm_seeds=confirm_seeds,
+            max_concurrent=max_concurrent,
+            random_seed=search_seed,
+        )
+        if dry_run:
+            listed = [trial._asdict() for trial in plan(found, how) or []]
+            emit({"space": found.name, "search": how.search, "scheduler": how.scheduler, "trials": listed}, show_plan)
+            return
+        with signals_set(interrupt), StudyLive() as display:
+            study = run_study(
+                run,
+                found,
+                how,
+                name=name,
+                resume=resume,
+                display=display,
+                interrupt=interrupt,
+                connect=lambda: connect(address),
+            )
+        emit(study, show_study)
+    if study["status"] == "interrupted":
+        console.print("interrupted; continue with --resume")
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -357,6 +444,86 @@ class Live:
             self._progress.update(self._tasks["training"], completed=line["step"], told=short(line))
         else:
             console.print(f"step {line['step']}: {told}", highlight=False, soft_wrap=True)
+
+
+class StudyLive(Live):
+    """The trials of a study as a table on a terminal; elsewhere a line when one begins or ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began = time.monotonic()
+        self._table: Table | str = ""
+        self._told: dict[str, str] = {}
+        self._live = rich.live.Live(console=console, get_renderable=lambda: Group(self._table, self._progress))
+
+    def __enter__(self) -> "StudyLive":
+        if self._is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self._is_terminal:
+            for task in self._tasks.values():
+                self._progress.update(task, visible=False)
+            self._live.stop()
+
+    def trials(self, records: Sequence[Mapping[str, Any]], total: int | None, metric: str, mode: str) -> None:
+        if self._is_terminal:
+            self._table = trials_table(records, total, metric, mode, time.monotonic() - self._began)
+            return
+        for record in records:
+            if self._told.get(record["id"]) != record["status"]:
+                self._told[record["id"]] = record["status"]
+                best = f"  {metric} {record['best'][metric]:.4g}" if record["best"] else ""
+                reason = record["error"] or record["stop_reason"] or ""
+                console.print(
+                    f"trial {record['number']} ({settings_of(record)}): {record['status']}{best}"
+                    + (f"  ({reason})" if reason else ""),
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+
+TRIALS_SHOWN = 20
+
+
+def trials_table(
+    records: Sequence[Mapping[str, Any]], total: int | None, metric: str, mode: str, seconds: float
+) -> Table:
+    """States, the best so far, the time left."""
+    done = [r for r in records if r["status"] not in ("waiting", "running", "interrupted")]
+    scored = [r for r in records if r["best"]]
+    best = (max if mode == "max" else min)(scored, key=lambda r: r["best"][metric], default=None)
+    title = f"{len(done)} of {total or '?'} trials done"
+    if best is not None:
+        title += f"; best {metric} {best['best'][metric]:.4f} ({settings_of(best)})"
+    if done and total:
+        title += f"; about {seconds / len(done) * (total - len(done)) / 60:.0f} min left"
+    table = Table(title=title)
+    for heading in ("trial", "settings", "state", "step", metric):
+        table.add_column(heading)
+    busy = [r for r in records if r["status"] == "running"]
+    for record in [*done[-max(0, TRIALS_SHOWN - len(busy)) :], *busy]:
+        value = f"{record['best'][metric]:.4f}" if record["best"] else ""
+        table.add_row(str(record["number"]), settings_of(record), record["status"], str(record["steps"]), value)
+    return table
+
+
+def settings_of(record: Mapping[str, Any]) -> str:
+    """A trial's settings in few words."""
+    told = [f"{key.rpartition('.')[2]}={label}" for key, label in record["labels"].items()]
+    return " ".join([*told, f"seed={record['seed']}"]) + (", confirms" if record["confirms"] else "")
+
+
+def show_study(study: Mapping[str, Any]) -> None:
+    """All trials, and where the report is."""
+    objective = study["objectives"][0]
+    console.print(trials_table(study["trials"], len(study["trials"]), objective["metric"], objective["mode"], 0.0))
+    told = f"{study['status']}" + (f": {study['stop_reason']}" if study["stop_reason"] else "")
+    console.print(f"{told}; {study['seconds']:.0f} s", highlight=False)
+    folder = study["trials"][0]["folder"].rpartition("/trials/")[0] if study["trials"] else ""
+    console.print(f"report: {folder}/report.html; best recipe: {folder}/best.yaml", highlight=False, soft_wrap=True)
 
 
 def short(line: Mapping[str, Any]) -> str:

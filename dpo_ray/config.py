@@ -122,8 +122,9 @@ class SourceConfig(Config):
     group_by: str | None = None
     """Column whose equal values stay on one side of the held-out split (a document, a debate); null: first turn."""
 
-    weight: float | None = Field(default=None, gt=0)
-    """Share of this source in the mixture, relative to the others' weights. Null (for all): every pair is taken."""
+    weight: float | None = Field(default=None, ge=0)
+    """Share of this source in the mixture, relative to the others' weights; 0: pairs are held out from it, none is
+    trained on. Null (for all): every pair is taken."""
 
     num_pairs: int | None = Field(default=None, ge=1)
     """At most this many pairs of this source, by content."""
@@ -178,6 +179,8 @@ class DataConfig(Config):
         given = [source.weight is not None for source in sources]
         if any(given) and not all(given):
             raise ValueError("give `weight` to every source or to none")
+        if sources and not any(source.weight is None or source.weight > 0 for source in sources):
+            raise ValueError("every `weight` is 0")
         return sources
 
 

@@ -90,6 +90,7 @@ def fit(
     display: Display | None = None,
     interrupt: Interrupt | None = None,
     connect: Callable[[], None] = lambda: None,
+    tags: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Train as the recipe says, on the Ray cluster that this process is connected to.
 
@@ -97,6 +98,7 @@ def fit(
         resume: Continue the run of this name from its last checkpoint, if there is one.
         connect: Joins the cluster; called once the recipe has passed the checks that need none.
         interrupt: When it is set, the run saves a checkpoint, ends, and has the status `interrupted`.
+        tags: Further ones of the tracked run.
 
     Raises:
         InputError: The recipe, the data or the cluster does not allow the run; nothing was trained.
@@ -110,7 +112,7 @@ def fit(
     with lease.acquire(folder, display.phase) as held:
         _refuse_reuse(folder, resume)  # it may have come into being while we waited
         try:
-            return _fit(run, folder, held, display, interrupt, connect)
+            return _fit(run, folder, held, display, interrupt, connect, tags or {})
         except Unsaved as ended:
             return _ended_unsaved(folder, str(ended))
 
@@ -122,6 +124,7 @@ def _fit(
     display: Display,
     interrupt: Interrupt,
     connect: Callable[[], None],
+    tags: Mapping[str, str],
 ) -> RunResult:
     before = _claim(run, folder)
     check_recipe(run)
@@ -144,7 +147,7 @@ def _fit(
     store = None if reference is None else reference.store
     job = TrainJob(run, prepared.train, prepared.held_out, store, run.reference.path is None, held.token)
     started = time.time()
-    with Follower(run, folder, display, before) as follower:
+    with Follower(run, folder, display, before, tags) as follower:
         try:
             result = _train(run, job, gpus, folder, follower, interrupt, held)
         except (InputError, RunFailed) as error:
@@ -382,14 +385,15 @@ class Follower:
         folder: Folder,
         display: Display,
         before: Mapping[str, Any] | None,
+        tags: Mapping[str, str],
     ) -> None:
         from dpo_ray.tracking import open_tracker, recipe_params
 
         self._folder, self._display, self._run = folder, display, run
         self._tracker = open_tracker(run)
         resumed = (before or {}).get("mlflow_run_id")
-        tags = {"dpo_ray.version": version("dpo-ray"), "dpo_ray.folder": folder.path}
-        self.run_id = self._tracker.start(run.name, recipe_params(run), tags, resume=resumed)
+        own = {"dpo_ray.version": version("dpo-ray"), "dpo_ray.folder": folder.path}
+        self.run_id = self._tracker.start(run.name, recipe_params(run), {**own, **tags}, resume=resumed)
         folder.write_json("tracking.json", {"mlflow_run_id": self.run_id})
         for name in (RECIPE_FILE, DATA_REPORT_FILE):
             self._tracker.log_file(folder.read(name).decode(), name)

@@ -48,6 +48,13 @@ class PreferenceLoss(NamedTuple):
     chosen_rewards: Tensor | None  # [B], detached
     rejected_rewards: Tensor | None  # [B], detached
 
+    @property
+    def margins(self) -> Tensor | None:
+        """[B], chosen less rejected reward."""
+        if self.chosen_rewards is None or self.rejected_rewards is None:
+            return None
+        return self.chosen_rewards - self.rejected_rewards
+
 
 def dpo_loss(
     policy: PairLogps,

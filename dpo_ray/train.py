@@ -122,10 +122,12 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
         if evaluated:
             began = time.perf_counter()
-            line = means_with_interval(worker.evaluate(evaluation))
+            sums, margins = worker.evaluate(evaluation)
+            line = means_with_interval(sums)
             state.evaluation_seconds += time.perf_counter() - began
             state.evaluations.append(Evaluation(step, line))
             log.write({"step": step, "epoch": order.epoch_at(step), **held_out_names(line)})
+            log.write_margins(step, margins)
             if run.early_stopping is not None and not is_last:
                 state.stop_reason = decide(run.early_stopping, state.evaluations).reason
             alarm = overtraining(state.train_lines, state.evaluations)
@@ -302,17 +304,29 @@ class Worker:
         told = f"the node of worker {ranks} will be taken away{left}: saved" + (", waiting" if is_now else "")
         return Departure(is_new or is_now, is_now, told)
 
-    def evaluate(self, pair_set: PairSet) -> dict[str, float]:
-        """Reduced sums over all pairs of a set."""
+    def evaluate(self, pair_set: PairSet) -> tuple[dict[str, float], dict[str, float]]:
+        """Reduced sums over all pairs of a set, and the margin of each by its id."""
         pulse.enter("evaluation")
         self.engine.train(False)
+        margins: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            return self._pass(pair_set, range(len(pair_set.pairs)), divide_by=None).reduced()
+            sums = self._pass(pair_set, range(len(pair_set.pairs)), divide_by=None, margins=margins).reduced()
+        own = {pair_id: float(margin) for pair_id, margin in margins.items()}
+        return sums, {pair_id: margin for part in _from_all_ranks([own]) for pair_id, margin in part.items()}
 
     def _pass(
-        self, pair_set: PairSet, numbers: Sequence[int], divide_by: int | None, loss_of: Loss | None = None
+        self,
+        pair_set: PairSet,
+        numbers: Sequence[int],
+        divide_by: int | None,
+        loss_of: Loss | None = None,
+        margins: dict[str, torch.Tensor] | None = None,
     ) -> MetricSums:
-        """Forward (and backward, where the loss is divided) over this rank's micro-batches."""
+        """Forward (and backward, where the loss is divided) over this rank's micro-batches.
+
+        Args:
+            margins: Takes chosen less rejected reward of this rank's pairs, by their ids.
+        """
         loss_of = loss_of or self.loss
         with self.times.of("data"):
             pairs, plan = pair_set.plan(numbers, self.world_size)
@@ -342,6 +356,9 @@ class Worker:
             if self.peak and divide_by is not None:
                 flops = self.engine.model.flops(lengths_of(pairs[i]) for i in mine.items)
             sums.add(pair_sums(policy, reference, loss, weights))
+            gaps = loss.margins
+            if margins is not None and mine.counts and gaps is not None:
+                margins |= {pairs[i].pair_id: gap for i, gap in zip(mine.items, gaps.cpu(), strict=True)}
             sums.add(
                 {
                     "entropy": responses.entropy.sum() * counted,
@@ -484,6 +501,16 @@ class RunLog:
         if self._writes:
             self._folder.append(METRICS_FILE, json.dumps(line))
 
+    def write_margins(self, step: int, margins: dict[str, float]) -> None:
+        """Keep the margin of every held-out pair, so that runs can be compared pair by pair."""
+        if self._writes and margins:
+            ordered = {pair_id: round(margins[pair_id], 7) for pair_id in sorted(margins)}
+            self._folder.write_json(margins_file(step), ordered)
+
+
+def margins_file(step: int) -> str:
+    return f"held_out/step-{step:06d}.json"
+
 
 def wait_to_be_ended() -> None:
     """Ray Train ends all workers when the node goes, at its deadline at the latest; returning would end the run."""
@@ -543,9 +570,9 @@ def _from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def _from_all_ranks(values: list[str]) -> list[str]:
+def _from_all_ranks(values: list[Any]) -> list[Any]:
     """All ranks' values, in the order of the ranks."""
-    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    gathered: list[list[Any]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, values)
     return [value for part in gathered for value in part]
 

@@ -214,10 +214,12 @@ def _mixed(sources: list[_Source], seed: int) -> list[PreferencePair]:
     This is Sainte-Lague's method: the pair of rank r in a source of share s comes at (r + 1/2) / s. It never takes back
     a seat, so smaller sets are nested in larger ones. With weights the order ends where the first source runs out.
     """
-    weights = [source.config.weight or len(source.pairs) for source in sources]
+    weights = [len(source.pairs) if source.config.weight is None else source.config.weight for source in sources]
     entries = []
     end = math.inf
     for source, weight in zip(sources, weights, strict=True):
+        if weight == 0:
+            continue
         share = weight / sum(weights)
         ranked = sorted((content_hash(seed, pair.pair_id), pair.pair_id, pair) for pair in source.pairs)
         entries += [((rank + 0.5) / share, *entry) for rank, entry in enumerate(ranked)]
