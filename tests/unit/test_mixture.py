@@ -117,6 +117,20 @@ def test_of_equal_pairs_the_first_sources_stays(tmp_path: Path):
     assert [source["dropped"] for source in pool.report["sources"]] == [{}, {"duplicate": 6}]
 
 
+def test_a_source_of_weight_0_is_held_out_from_but_not_trained_on(tmp_path: Path):
+    first, second = (
+        write(tmp_path / "first.jsonl", rows(40, "a", 2)),
+        write(tmp_path / "second.jsonl", rows(40, "b", 2)),
+    )
+    both = [
+        pool_of({"path": first, "weight": 1}, {"path": second, "weight": w}, eval={"num_pairs": 10}) for w in (1, 0)
+    ]
+    assert ids(both[0].held_out) == ids(both[1].held_out)
+    assert {pair.source for pair in both[1].held_out} == {first, second}
+    assert {pair.source for pair in both[1].train} == {first}
+    assert len(both[1].train) + sum(pair.source == first for pair in both[1].held_out) == 40
+
+
 def test_contradictions_are_counted_across_sources(tmp_path: Path):
     first = write(tmp_path / "first.jsonl", rows(6))
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(4)]
