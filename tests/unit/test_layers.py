@@ -19,7 +19,7 @@ LAYERS = {
     ],
     "material": [
         *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
-        *("checkpoint", "tracking", "report", "recipe_reference", "device", "memory", "prepare"),
+        *("checkpoint", "tracking", "page", "report", "recipe_reference", "device", "memory", "prepare"),
     ],
     "machinery": ["engine", "engine_state", "reference", "generate"],
     "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
