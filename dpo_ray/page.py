@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 BLUE, RED, GREEN, ORANGE, PURPLE, BROWN = "#1f5fa8", "#c0392b", "#2e8b57", "#d98a1f", "#7d5ba6", "#8c6d46"
-GREY, PALE = "#7f7f7f", "#d0d0d0"
+GREY, PALE = "#7f7f7f", "#bdbdbd"
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -245,7 +245,8 @@ def ranked(found: Iterable[Configuration], objective: Objective) -> list[Configu
     """Best mean first; of equals the one with more seeds, then the earlier. Those without a value are left out."""
     estimates = [(configuration, configuration.estimate(objective.metric)) for configuration in found]
     known = [(configuration, estimate) for configuration, estimate in estimates if estimate is not None]
-    known.sort(key=lambda pair: (-objective.sign * pair[1].value, -pair[1].num_seeds))
+    # Rounded: the mean of equal decimals may differ from them in its last bit.
+    known.sort(key=lambda pair: (-objective.sign * round(pair[1].value, 12), -pair[1].num_seeds))
     return [configuration for configuration, _ in known]
 
 
@@ -463,7 +464,8 @@ class SizeCurve:
 def size_curves(study: Study, most: int) -> list[SizeCurve]:
     """A curve for every choice of the other settings with at least two sizes; those with the best values, `most` of
     them. Nothing is fitted to less than `curves` allows; the refusal is kept instead."""
-    keys = [key for key in SIZE_KEYS if key in numeric_settings(study)]
+    chosen = {key: {trial.settings.get(key) for trial in study.searched} for key in SIZE_KEYS}
+    keys = [key for key, values in chosen.items() if len(values) > 1]
     order = ranked(configurations(study.searched), study.objective)
     groups = [group for group in by_other_settings(order, keys) if len(group) > 1] if keys else []
     return [_size_curve(group, keys, study.objective) for group in groups[:most]]

@@ -42,7 +42,7 @@ _ENDS = {
     "running": (">", "running"),
 }
 
-_MOST_BARS = 60
+_MOST_BARS = 200
 _MOST_CELLS = 12
 
 
@@ -60,7 +60,7 @@ def study_figure(found: Findings) -> Figure:
         *_compute_panel(found),
     ]
     rows = max(1, math.ceil(len(panels) / 2))
-    figure = Figure(figsize=(12, 4.2 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    figure = Figure(figsize=(12, 4.4 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     every = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes, panel in zip(every, panels, strict=False):
         panel(axes)
@@ -101,6 +101,7 @@ def _setting_panels(found: Findings) -> list[Panel]:
             _star(axes, float(best.settings[key]), _estimates([best], objective)[0].value)
             values = sorted({float(configuration.settings[key]) for configuration in standing.ranked})
             _scale(axes, values)
+            _frame(axes, values)
             _focus(axes, _estimates(standing.ranked, objective))
             axes.set(title=_plain(f"{key} (star: best)"), xlabel=_plain(key), ylabel=_plain(objective.metric))
             _legend(axes)
@@ -239,8 +240,8 @@ def _step_panels(found: Findings) -> list[Panel]:
             handles = [Line2D([], [], color=colour, label=_plain(label)) for label, colour in labels.items()]
             handles += [Line2D([], [], color=GREY, linestyle="", marker=markers[end], label=end) for end in ends]
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set(title=f"{name} over steps", xlabel="step", ylabel=_plain(metric))
-            axes.legend(handles=handles, fontsize=7, framealpha=0.6)
+            axes.set(title=_plain(f"{name}: {metric}"), xlabel="step", ylabel=_plain(metric))
+            _legend(axes, handles)
 
         return draw
 
@@ -434,6 +435,17 @@ def _scale(axes: Axes, values: list[float], *, ticks: bool = True) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
+def _frame(axes: Axes, values: list[float]) -> None:
+    """From the first to the last value, with a tenth of the width on either side."""
+    first, last = values[0], values[-1]
+    if axes.get_xscale() == "log":
+        edge = (last / first) ** 0.1
+        axes.set_xlim(first / edge, last * edge)
+    else:
+        edge = (last - first) / 10 or abs(first) / 10 or 1.0
+        axes.set_xlim(first - edge, last + edge)
+
+
 def _focus(axes: Axes, estimates: list[Estimate]) -> None:
     """The values fill the panel: the interval of two seeds may be ten times as long as all their differences."""
     values = [estimate.value for estimate in estimates]
@@ -443,9 +455,13 @@ def _focus(axes: Axes, estimates: list[Estimate]) -> None:
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
 
-def _legend(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=7, framealpha=0.6)
+def _legend(axes: Axes, handles: list[Any] | None = None) -> None:
+    """Below the panel, where it hides nothing."""
+    handles = axes.get_legend_handles_labels()[0] if handles is None else handles
+    if handles:
+        axes.legend(
+            handles=handles, fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+        )
 
 
 def _plain(name: str, most: int = 60) -> str:

@@ -16,6 +16,7 @@ from dpo_ray.errors import InputError
 from dpo_ray.page import document, image, paragraph, picture, table, text, with_interval
 from dpo_ray.storage import Folder
 from dpo_ray.study import (
+    ALPHA,
     MIN_PAIRS,
     MIN_SEEDS,
     Comparison,
@@ -87,7 +88,7 @@ def _summary(found: Findings) -> str:
     trials, failed = study.searched, sum(trial.status == "failed" for trial in study.searched)
     reason = f" ({study.stop_reason})" if study.stop_reason else ""
     done = (
-        f"The study {'is' if study.status == 'completed' else 'was'} {study.status}{reason}: "
+        f"{study.status.capitalize()}{reason}: "
         f"{_count(len(trials), 'trial')} of {_count(len(configurations(trials)), 'configuration')}"
         f"{f', {failed} failed' if failed else ''}, in {_duration(study.seconds)}."
     )
@@ -160,7 +161,9 @@ def _notes(found: Findings) -> str:
     if tests - {None}:
         notes.append(
             f"Verdicts: paired two-sided tests against the best, p by Holm among the {count * (count - 1) // 2} "
-            f"pairs of configurations, because the best was picked by the values that are tested; worse is p < 0.05."
+            f"pairs of configurations, because the best was picked by the values that are tested; worse is p < {ALPHA}."
+            " The intervals are not adjusted. Few seeds decide little among many configurations; confirming the best "
+            "few on fresh seeds compares only those."
         )
     if "pairs" in tests:
         notes.append(
