@@ -459,12 +459,18 @@ def _legend(axes: Axes, handles: list[Any] | None = None) -> None:
     """Below the panel, where it hides nothing."""
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
+        longest = max(len(handle.get_label()) for handle in handles)
         axes.legend(
-            handles=handles, fontsize=7, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+            handles=handles,
+            fontsize=7,
+            frameon=False,
+            ncols=min(3, 90 // (longest + 8)),
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
         )
 
 
-def _plain(name: str, most: int = 60) -> str:
+def _plain(name: str, most: int = 48) -> str:
     """On one line, not too long, and a dollar is a dollar: matplotlib would read mathematics between two."""
     line = " ".join(name.split())
     return (line if len(line) <= most else line[: most - 1] + "…").replace("$", r"\$")

@@ -318,9 +318,8 @@ def _over(estimate: Estimate | None) -> str:
 
 
 def _interval(interval: Interval) -> str:
-    if not math.isfinite(interval.low):
-        return f"{interval.estimate:+.4g} (no interval)"
-    return f"{interval.estimate:+.4g} ({interval.low:+.4g} to {interval.high:+.4g})"
+    estimate, low, high = (f"{round(value, 6) if math.isfinite(value) else value:+.4g}" for value in interval)
+    return f"{estimate} ({low} to {high})" if math.isfinite(interval.low) else f"{estimate} (no interval)"
 
 
 def _count(number: int, name: str) -> str:

@@ -69,8 +69,8 @@ def planted(num_seeds: int = 5, noise: float = 0.004) -> list[dict[str, Any]]:
     """Three betas: 0.1 is best, 0.03 is hardly worse, 1.0 clearly; what a seed does to all of them is larger."""
     rng = np.random.default_rng(0)
     means = np.array([0.697, 0.70, 0.60])
-    spread = rng.normal(0, noise, (3, num_seeds))
-    values = means[:, None] + rng.normal(0, 0.02, num_seeds) + spread - spread.mean(axis=1, keepdims=True)
+    noisy = rng.normal(0, noise, (3, num_seeds)) + rng.normal(0, 0.02, num_seeds)
+    values = means[:, None] + noisy - noisy.mean(axis=1, keepdims=True)  # of these means exactly
     points = [(i, seed) for i in range(3) for seed in range(num_seeds)]
     return [
         trial(number, {"loss.beta": (0.03, 0.1, 1.0)[i]}, float(values[i, seed]), seed=seed)
