@@ -1,4 +1,4 @@
-"""The picture of a study: panels, each drawn only where the study has the data for it. Draws what `study` found."""
+"""The picture of a study: panels, each drawn only where the study has the data for it. Tests nothing itself."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,6 @@ from dpo_ray.study import (
     SIZE_KEYS,
     Configuration,
     Estimate,
-    Findings,
     Objective,
     Side,
     Standing,
@@ -27,6 +26,7 @@ from dpo_ray.study import (
     configurations,
     numeric_settings,
 )
+from dpo_ray.study_findings import Findings
 
 Panel = Callable[[Axes], None]
 
@@ -355,11 +355,18 @@ def _compute_panel(found: Findings) -> list[Panel]:
 
     def draw(axes: Axes) -> None:
         rows = range(len(trials))
-        axes.barh(rows, [trial.num_steps for trial in trials], color="#ececec", label="not made")
+        thick = 0.8 if len(trials) <= 40 else 1.0  # gaps of less than a pixel would be drawn as stripes
+        axes.barh(rows, [trial.num_steps for trial in trials], height=thick, color="#ececec", label="not made")
         for status, (_, meaning) in _ENDS.items():
             chosen = [(row, trial.steps) for row, trial in zip(rows, trials, strict=True) if trial.status == status]
             if chosen:
-                axes.barh(*zip(*chosen, strict=True), color=colours.get(status, BLUE), label=meaning)
+                axes.barh(
+                    [row for row, _ in chosen],
+                    [steps for _, steps in chosen],
+                    height=thick,
+                    color=colours.get(status, BLUE),
+                    label=meaning,
+                )
         axes.invert_yaxis()
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
         axes.yaxis.set_major_formatter(
@@ -459,7 +466,7 @@ def _legend(axes: Axes, handles: list[Any] | None = None) -> None:
     """Below the panel, where it hides nothing."""
     handles = axes.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
-        longest = max(len(handle.get_label()) for handle in handles)
+        longest = max(len(str(handle.get_label())) for handle in handles)
         axes.legend(
             handles=handles,
             fontsize=7,

@@ -23,14 +23,12 @@ from dpo_ray.study import (
     Compute,
     Configuration,
     Estimate,
-    Findings,
-    SizeCurve,
     Standing,
     Study,
     configurations,
-    findings,
     read_study,
 )
+from dpo_ray.study_findings import Findings, SizeCurve, findings
 from dpo_ray.study_panels import study_figure
 
 POINT = 0.01

@@ -15,21 +15,19 @@ from dpo_ray.study import (
     Comparison,
     Configuration,
     Objective,
-    SizeCurve,
     Standing,
     Study,
     compare,
     compute,
     configurations,
     confirmation_standing,
-    findings,
     numeric_settings,
     pareto_front,
     ranked,
     read_study,
     search_standing,
-    size_curves,
 )
+from dpo_ray.study_findings import SizeCurve, findings, size_curves
 from tests.unit.studies import ACCURACIES, KL, MARGINS, planted, sized, study, trial
 
 ACCURACY = Objective(ACCURACIES, "max")
@@ -166,6 +164,24 @@ def test_several_seeds_are_averaged_per_pair():
     assert comparison.difference is not None
     assert comparison.difference.estimate == pytest.approx(expected)
     assert comparison.verdict == "worse"
+
+
+def test_over_pairs_only_the_common_seeds_count_if_there_are_any():
+    """Two are not enough to test over seeds; the third of each is of another seed and would add its own noise."""
+    seeds = {0.1: (1, 2, 3), 0.2: (1, 2, 4)}
+    trials = []
+    for i, (beta, chosen) in enumerate(seeds.items()):
+        tables = [margins(0.5 - i / 50 if seed < 3 else 2.0 * i, seed=seed) for seed in chosen]
+        trials += [
+            trial(10 * i + seed, {"loss.beta": beta}, share(t), seed=seed, margins=t)
+            for seed, t in zip(chosen, tables, strict=True)
+        ]
+    (comparison,) = searched(trials).comparisons
+    assert betas(searched(trials).ranked) == [0.2, 0.1]
+    assert (comparison.over, comparison.num_common) == ("pairs", 400)
+    one, two = (np.mean([share(margins(m, seed=seed)) for seed in (1, 2)]) for m in (0.5, 0.48))
+    assert comparison.difference is not None
+    assert comparison.difference.estimate == pytest.approx(one - two)
 
 
 @pytest.mark.parametrize(
