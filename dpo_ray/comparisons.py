@@ -54,18 +54,29 @@ def paired_t_test(first: Sequence[float], second: Sequence[float], *, level: flo
     """
     one, two = paired(first, second)
     differences = one - two
-    mean, error = float(differences.mean()), _standard_error(differences)
-    half = error * _student(len(one), level)
     wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
     decided = wins + losses
     return PairedTest(
-        Interval(mean, mean - half, mean + half),
+        mean_interval(differences, level=level),
         min(1.0, 2 * min(p_greater(one, two), p_greater(two, one))),
         float(binomtest(wins, decided).pvalue) if decided else 1.0,
         wins,
         losses,
         len(one) - decided,
     )
+
+
+def mean_interval(values: npt.ArrayLike, *, level: float = 0.95) -> Interval:
+    """Mean of `values`, one per seed, with Student's interval.
+
+    Raises:
+        InputError: Fewer than two values, one that is not finite, or a level outside (0, 1).
+    """
+    seen = np.asarray(values, dtype=np.float64)
+    if seen.ndim != 1 or len(seen) < 2 or not np.isfinite(seen).all():
+        raise InputError(f"an interval of a mean needs at least 2 finite values, got {seen.tolist()}")
+    mean, half = float(seen.mean()), _standard_error(seen) * _student(len(seen), level)
+    return Interval(mean, mean - half, mean + half)
 
 
 def p_greater(first: npt.ArrayLike, second: npt.ArrayLike, margin: float = 0.0) -> float:

@@ -3,9 +3,7 @@
 Everything shown is in the run folder already; the page needs no network and no other file.
 """
 
-import base64
 import html
-import io
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,23 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dpo_ray.errors import InputError
+from dpo_ray.page import BLUE, GREEN, GREY, RED, document, image, picture, table, text, with_interval
 from dpo_ray.storage import Folder, read_lines
 
 Series = dict[int, float]
 """Step -> value."""
 
-_BLUE, _RED, _GREEN, _GREY = "#1f5fa8", "#c0392b", "#2e8b57", "#7f7f7f"
-
 _LOOK: dict[str, dict[str, Any]] = {"": {"linewidth": 1, "alpha": 0.6}, "eval/": {"marker": "o", "markersize": 4}}
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; }
-img { max-width: 100%; }
-table { border-collapse: collapse; margin: .5rem 0; } th, td { text-align: left; vertical-align: top;
-padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #ddd; } th { font-weight: 600; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
-"""
 
 
 def write_report(folder: str) -> list[str]:
@@ -43,10 +31,9 @@ def write_report(folder: str) -> list[str]:
     run = Folder(folder)
     lines = _lines(run)
     summary, data, recipe = _json(run, "summary.json"), _json(run, "data_report.json"), _read(run, "recipe.yaml")
-    picture = _png(_figure(lines, summary.get("best_step")))
-    title = run.path.rpartition("/")[2]
-    run.write("report.png", picture)
-    run.write("report.html", _page(title, picture, summary, data, recipe.decode()).encode())
+    png = picture(_figure(lines, summary.get("best_step")))
+    run.write("report.png", png)
+    run.write("report.html", document(run.path.rpartition("/")[2], _body(png, summary, data, recipe.decode())))
     return [f"{run.path}/report.html", f"{run.path}/report.png"]
 
 
@@ -85,37 +72,31 @@ def _figure(lines: list[dict[str, Any]], best_step: int | None) -> Figure:
     figure = Figure(figsize=(12, 8), layout="constrained")
     ((loss, accuracies), (rewards, logps)) = figure.subplots(2, 2)
 
-    _panel(loss, "loss", lines, {"loss": _BLUE})
-    _panel(accuracies, "rewards/accuracies", lines, {"rewards/accuracies": _BLUE})
+    _panel(loss, "loss", lines, {"loss": BLUE})
+    _panel(accuracies, "rewards/accuracies", lines, {"rewards/accuracies": BLUE})
     low = _series(lines, "eval/rewards/accuracies_low")
     high = _series(lines, "eval/rewards/accuracies_high")
     steps = [step for step in low if step in high]
     if steps:
         accuracies.fill_between(
-            steps, [low[s] for s in steps], [high[s] for s in steps], color=_BLUE, alpha=0.15, label="95 % interval"
+            steps, [low[s] for s in steps], [high[s] for s in steps], color=BLUE, alpha=0.15, label="95 % interval"
         )
         accuracies.legend(fontsize=8)
-    colours = {"rewards/margins": _BLUE, "rewards/chosen": _GREEN, "rewards/rejected": _RED}
+    colours = {"rewards/margins": BLUE, "rewards/chosen": GREEN, "rewards/rejected": RED}
     _panel(rewards, "rewards (nats)", lines, colours)
-    _panel(logps, "logps (nats)", lines, {"logps/chosen": _GREEN, "logps/rejected": _RED})
+    _panel(logps, "logps (nats)", lines, {"logps/chosen": GREEN, "logps/rejected": RED})
     kl = {prefix: _series(lines, f"{prefix}kl") for prefix in ("", "eval/")}
     if any(kl.values()):
         right = logps.twinx()
-        right.set_ylabel("kl (nats per token)", color=_GREY)
+        right.set_ylabel("kl (nats per token)", color=GREY)
         for prefix, series in kl.items():
-            right.plot([*series], [*series.values()], color=_GREY, **_LOOK[prefix])
+            right.plot([*series], [*series.values()], color=GREY, **_LOOK[prefix])
 
     if best_step is not None:
         for axes in (loss, accuracies, rewards, logps):
-            axes.axvline(best_step, color=_GREY, linestyle=":", linewidth=1)
+            axes.axvline(best_step, color=GREY, linestyle=":", linewidth=1)
         loss.set_title(f"loss (dotted line: best step, {best_step})")
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _panel(axes: Axes, title: str, lines: list[dict[str, Any]], colours: dict[str, str]) -> None:
@@ -133,16 +114,10 @@ def _panel(axes: Axes, title: str, lines: list[dict[str, Any]], colours: dict[st
         axes.text(0.5, 0.5, "not measured in this run", ha="center", va="center", transform=axes.transAxes)
 
 
-def _page(title: str, picture: bytes, summary: dict[str, Any], data: dict[str, Any], recipe: str) -> str:
+def _body(png: bytes, summary: dict[str, Any], data: dict[str, Any], recipe: str) -> str:
     held_out = {name: summary[name] for name in ("eval", "best_eval") if isinstance(summary.get(name), dict)}
     rest = {name: value for name, value in summary.items() if name not in held_out}
-    image = base64.b64encode(picture).decode()
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>
-<body>
-<h1>{html.escape(title)}</h1>
-<img alt="Curves of the run" src="data:image/png;base64,{image}">
+    return f"""{image(png, "Curves of the run")}
 <h2>Held out</h2>
 {_held_out_table(held_out)}
 <h2>Summary</h2>
@@ -150,10 +125,7 @@ def _page(title: str, picture: bytes, summary: dict[str, Any], data: dict[str, A
 <h2>Data</h2>
 {_tables(data, "")}
 <h2>Recipe</h2>
-<pre>{html.escape(recipe)}</pre>
-</body>
-</html>
-"""
+<pre>{html.escape(recipe)}</pre>"""
 
 
 def _held_out_table(held_out: dict[str, dict[str, Any]]) -> str:
@@ -164,14 +136,11 @@ def _held_out_table(held_out: dict[str, dict[str, Any]]) -> str:
     columns = [(heads[name], {key.removeprefix("eval/"): v for key, v in held_out[name].items()}) for name in held_out]
     names = dict.fromkeys(name for _, values in columns for name in values)
     shown = [name for name in names if not name.endswith(("_low", "_high"))]
-    rows = [[name, *(_with_interval(values, name) for _, values in columns)] for name in shown]
-    return _table(["metric", *(head for head, _ in columns)], rows)
-
-
-def _with_interval(values: dict[str, Any], name: str) -> str:
-    text = _text(values.get(name))
-    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
-    return text if low is None or high is None else f"{text} ({_text(low)} to {_text(high)})"
+    rows = [
+        [name, *(with_interval(*(values.get(name + end) for end in ("", "_low", "_high"))) for _, values in columns)]
+        for name in shown
+    ]
+    return table(["metric", *(head for head, _ in columns)], rows)
 
 
 def _tables(tree: dict[str, Any], title: str) -> str:
@@ -179,33 +148,17 @@ def _tables(tree: dict[str, Any], title: str) -> str:
     plain = {name: value for name, value in tree.items() if not isinstance(value, dict) and not _is_rows(value)}
     parts = [f"<h3>{html.escape(title)}</h3>"] if title else []
     if plain or not tree:
-        parts.append(_table([], [[name, _text(value)] for name, value in plain.items()]))
+        parts.append(table([], [[name, text(value)] for name, value in plain.items()]))
     for name, value in tree.items():
         below = f"{title} / {name}" if title else name
         if isinstance(value, dict):
             parts.append(_tables(value, below))
         elif _is_rows(value):
             heads = list(dict.fromkeys(key for row in value for key in row))
-            rows = [[_text(row.get(head)) for head in heads] for row in value]
-            parts.append(f"<h3>{html.escape(below)}</h3>{_table(heads, rows)}")
+            rows = [[text(row.get(head)) for head in heads] for row in value]
+            parts.append(f"<h3>{html.escape(below)}</h3>{table(heads, rows)}")
     return "\n".join(parts)
 
 
 def _is_rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return "<p>None.</p>"
-    head = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in heads) + "</tr>" if heads else ""
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<table>{head}\n{body}</table>"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_ray.comparisons import equivalence, holm, p_greater, paired_bootstrap, paired_t_test
+from dpo_ray.comparisons import equivalence, holm, mean_interval, p_greater, paired_bootstrap, paired_t_test
 from dpo_ray.errors import InputError
 
 ONE = [0.61, 0.66, 0.70, 0.58, 0.64]
@@ -22,6 +22,15 @@ def test_the_t_test_is_scipys():
     assert test.difference.estimate == pytest.approx(0.026)
     narrow = paired_t_test(ONE, TWO, level=0.5).difference
     assert tuple(narrow[1:]) == pytest.approx(tuple(theirs.confidence_interval(0.5)), rel=1e-12)
+
+
+def test_the_interval_of_a_mean_is_scipys():
+    expected = stats.t.interval(0.9, 4, np.mean(ONE), stats.sem(ONE))
+    interval = mean_interval(ONE, level=0.9)
+    assert tuple(interval) == pytest.approx((0.638, *expected), rel=1e-12)
+    for wrong in ([0.5], [0.5, math.nan], [[0.5, 0.6]]):
+        with pytest.raises(InputError, match="at least 2 finite"):
+            mean_interval(wrong)
 
 
 @pytest.mark.parametrize("margin", [-0.02, 0.0, 0.01])

@@ -19,7 +19,8 @@ LAYERS = {
     ],
     "material": [
         *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
-        *("checkpoint", "tracking", "report", "recipe_reference", "device", "memory", "prepare"),
+        *("checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare"),
+        *("page", "report", "study", "study_findings", "study_panels", "study_report"),
     ],
     "machinery": ["engine", "engine_state", "reference", "generate"],
     "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
