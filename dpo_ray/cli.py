@@ -272,11 +272,14 @@ def export(
 
 @app.command()
 @explained
-def report(run_dir: Annotated[str, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html and report.png from what a run wrote."""
+def report(run_dir: Annotated[str, typer.Argument(help="A folder of a run or a study.")]) -> None:
+    """Write report.html and report.png from what a run or a study wrote."""
     from dpo_ray.report import write_report
+    from dpo_ray.storage import Folder
+    from dpo_ray.study_report import write_study_report
 
-    for path in write_report(run_dir):
+    write = write_study_report if Folder(run_dir).exists("study.json") else write_report
+    for path in write(run_dir):
         console.print(path, highlight=False, soft_wrap=True)
 
 

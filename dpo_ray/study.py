@@ -67,7 +67,7 @@ class Trial:
     labels: dict[str, str]
     """The same, for values that do not read well."""
     seed: int
-    status: Literal["completed", "stopped_early", "stopped_by_scheduler", "failed", "interrupted", "running"]
+    status: Literal["completed", "stopped_early", "stopped_by_scheduler", "failed", "interrupted", "running", "waiting"]
     stop_reason: str | None
     error: str | None
     attempts: int
@@ -119,7 +119,7 @@ class Study:
     name: str
     space: str
     question: str
-    status: Literal["completed", "interrupted", "stopped"]
+    status: Literal["completed", "interrupted", "stopped", "running"]
     stop_reason: str | None
     objectives: Annotated[list[Objective], Field(min_length=1)]
     """The first is the one that ranks."""
@@ -408,7 +408,7 @@ def compute(trials: Iterable[Trial]) -> Compute:
         sum(trial.steps for trial in seen),
         left("stopped_early"),
         left("stopped_by_scheduler"),
-        left("completed", "failed", "interrupted", "running"),
+        left("completed", "failed", "interrupted", "running", "waiting"),
         sum(trial.pairs_seen for trial in seen),
         sum(trial.train_seconds for trial in seen),
     )

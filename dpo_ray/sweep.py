@@ -29,6 +29,8 @@ from dpo_ray.prepare import Prepared, check_recipe, prepare, reference_source, r
 from dpo_ray.reference import fill
 from dpo_ray.space import Range, Space, Trial, at_random, extremes, grid, label_of
 from dpo_ray.storage import Folder, read_lines
+from dpo_ray.study import confirmation_standing, read_study, search_standing
+from dpo_ray.study_report import write_study_report
 from dpo_ray.train import METRICS_FILE, margins_file
 
 logger = logging.getLogger(__name__)
@@ -644,32 +646,18 @@ def _scheduler(study: StudyFile, how: Search) -> Any:
     return tune.schedulers.FIFOScheduler()
 
 
-def ranked(study: StudyFile) -> list[list[dict[str, Any]]]:
-    """The trials of the search by configuration, the best mean first."""
-    metric, mode = study.main
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in study.trials:
-        if record["confirms"] is None and record["best"] and record["status"] != "failed":
-            groups.setdefault(yaml.safe_dump(record["settings"]), []).append(record)
-    sign = -1 if mode == "max" else 1
-
-    def rank(group: list[dict[str, Any]]) -> tuple[float, int]:
-        return sign * sum(record["best"][metric] for record in group) / len(group), group[0]["number"]
-
-    return sorted(groups.values(), key=rank)
-
-
 def confirmations(study: StudyFile) -> list[Trial]:
     """The best configurations again, each with the same fresh seeds; those of a study taken up again stay."""
     there = [Trial(**_identity(record)) for record in study.trials if record["confirms"] is not None]
-    if there:
+    standing = search_standing(read_study(study.study))
+    if there or standing is None:
         return there
     fresh = max(record["seed"] for record in study.trials) + 1
     number = itertools.count(max(record["number"] for record in study.trials) + 1)
     return [
-        Trial(next(number), group[0]["settings"], group[0]["labels"], fresh + i, confirms=group[0]["id"])
+        Trial(next(number), best.settings, best.labels, fresh + i, confirms=best.trials[0].id)
         for i in range(study.how.confirm_seeds)
-        for group in ranked(study)[: study.how.confirm]
+        for best in standing.ranked[: study.how.confirm]
     ]
 
 
@@ -684,6 +672,12 @@ def _finish(study: StudyFile, limits: Limits, tracker: Any, display: StudyDispla
         content = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         study.folder.write(BEST_FILE, content.encode())
     study.write()
+    if best is not None:
+        for path in write_study_report(study.folder.path):
+            display.phase(f"wrote {path}")
+        tracker.log_file(study.folder.read(STUDY_FILE).decode(), STUDY_FILE)
+        tracker.log_file(study.folder.read("report.html").decode(), "report.html")
+        tracker.log({f"best/{name}": value for name, value in best["best"].items() if name != "step"}, 0)
     tracker.finish("interrupted" if status == "interrupted" else "completed" if best else "failed")
     if best is None and status != "interrupted":
         errors = sorted({str(record["error"]) for record in study.trials if record["error"]})
@@ -694,23 +688,15 @@ def _finish(study: StudyFile, limits: Limits, tracker: Any, display: StudyDispla
 
 
 def winner(study: StudyFile) -> dict[str, Any] | None:
-    """A trial of the best configuration: by the confirmation where there is one, else by the search."""
+    """The best trial of the best configuration: by the confirmation where there is one, else by the search."""
+    found = read_study(study.study)
+    standing = confirmation_standing(found) or search_standing(found)
+    if standing is None:
+        return None
     metric, mode = study.main
-    order = ranked(study)
-    confirmed = [r for r in study.trials if r["confirms"] is not None and r["best"] and r["status"] != "failed"]
-    if not confirmed:
-        return best_record(order[0], metric, mode) if order else None
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in confirmed:
-        groups.setdefault(record["confirms"], []).append(record)
-    sign = 1 if mode == "max" else -1
-    best = max(groups.values(), key=lambda group: sign * sum(r["best"][metric] for r in group) / len(group))
-    return best_record(best, metric, mode)
-
-
-def best_record(group: Sequence[dict[str, Any]], metric: str, mode: str) -> dict[str, Any]:
-    sign = 1 if mode == "max" else -1
-    return max(group, key=lambda record: (sign * record["best"][metric], -record["number"]))
+    trials = [trial for trial in standing.ranked[0].finished if trial.value(metric) is not None]
+    best = best_of([{"step": trial.number, metric: trial.value(metric)} for trial in trials], metric, mode)
+    return next(record for record in study.trials if best is not None and record["number"] == best["step"])
 
 
 def _register(study: StudyFile, best: Mapping[str, Any], tracker: Any) -> None:
