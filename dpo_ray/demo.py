@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from dpo_ray.config import load_run
+from dpo_ray.config import RunConfig, load_run
 from dpo_ray.errors import InputError
 from dpo_ray.metrics import wilson_interval
 from dpo_ray.storage import Folder, read_lines
@@ -432,11 +432,53 @@ def run_demo(
     return {"folder": str(folder), **pooled, "seeds": results}
 
 
+def _train(
+    folder: Path,
+    recipe: str,
+    model: str,
+    data: str,
+    seed: int,
+    display: "Display | None",
+    interrupt: "Interrupt | None",
+) -> Any:
+    """Run one of the demo's recipes in its folder."""
+    from dpo_ray.launch import fit
+
+    return fit(demo_recipe(folder, recipe, model, data, seed), display=display, interrupt=interrupt)
+
+
+def demo_recipe(folder: Path, recipe: str, model: str, data: str, seed: int, **overrides: Any) -> RunConfig:
+    """`demo-sft` or `demo-dpo` with its paths set; further overrides as `loss__beta=0.3`."""
+    paths = {
+        "storage.path": str(folder),
+        "model.path": model,
+        "data.sources.0.path": str(folder / data),
+        "train.seed": seed,
+    }
+    return load_run(RECIPES / f"{recipe}.yaml", paths | {k.replace("__", "."): v for k, v in overrides.items()})
+
+
+def make_base_and_pairs(
+    folder: Path, seed: int, display: "Display | None" = None, interrupt: "Interrupt | None" = None
+) -> str:
+    """The first half of the demo: the task, a model that writes reviews, preferences between its own in `pairs.jsonl`.
+
+    Returns:
+        The model's folder.
+    """
+    write_task(folder, seed)
+    sft = _train(folder, "demo-sft", str(folder / "base"), "sft.jsonl", seed, display, interrupt)
+    base = f"{sft.folder}/model"
+    texts: dict[str, list[str]] = {}
+    for sample in generate(base, _prompts_of(folder / "pairs.jsonl"), seed=seed, num_per_prompt=SAMPLES_PER_PROMPT):
+        texts.setdefault(sample.prompt, []).append(sample.text)
+    _write_lines(folder / "pairs.jsonl", preferences(texts, random.Random(seed)))
+    return base
+
+
 def _run_seed(
     folder: Path, seed: int, console: Console, display: "Display | None", interrupt: "Interrupt | None"
 ) -> tuple[dict[str, Any], Outcome]:
-    from dpo_ray.launch import fit
-
     seconds: dict[str, float] = {}
     started = time.monotonic()
 
@@ -447,28 +489,11 @@ def _run_seed(
         if interrupt is not None and interrupt.is_set:
             raise KeyboardInterrupt
 
-    def train(recipe: str, model: str, data: str) -> Any:
-        overrides = {
-            "storage.path": str(folder),
-            "model.path": model,
-            "data.sources.0.path": str(folder / data),
-            "train.seed": seed,
-        }
-        run = load_run(RECIPES / f"{recipe}.yaml", overrides)
-        console.print(f"\n{recipe}, seed {seed}", style="bold", highlight=False)
-        return fit(run, display=display, interrupt=interrupt)
-
-    write_task(folder, seed)
-    done("write")
-    sft = train("demo-sft", str(folder / "base"), "sft.jsonl")
+    console.print(f"\na model that writes reviews, seed {seed}", style="bold", highlight=False)
+    base = make_base_and_pairs(folder, seed, display, interrupt)
     done("sft")
-    base = f"{sft.folder}/model"
-    texts: dict[str, list[str]] = {}
-    for sample in generate(base, _prompts_of(folder / "pairs.jsonl"), seed=seed, num_per_prompt=SAMPLES_PER_PROMPT):
-        texts.setdefault(sample.prompt, []).append(sample.text)
-    _write_lines(folder / "pairs.jsonl", preferences(texts, random.Random(seed)))
-    done("sample")
-    dpo = train("demo-dpo", base, "pairs.jsonl")
+    console.print(f"\nDPO, seed {seed}", style="bold", highlight=False)
+    dpo = _train(folder, "demo-dpo", base, "pairs.jsonl", seed, display, interrupt)
     done("dpo")
     outcome = compare(base, f"{dpo.folder}/model", _prompts_of(folder / "prompts.jsonl"), seed=seed)
     lines = list(read_lines(Folder(dpo.folder).read("metrics.jsonl")))
