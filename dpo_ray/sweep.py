@@ -297,6 +297,12 @@ def _sweep(
 
 def _reference_pass(study: StudyFile, gpus: float, display: StudyDisplay, interrupt: Interrupt) -> None:
     """Reference log-probs and tokens of all pairs of all trials, once, before the first trial."""
+
+    def on_progress(done: int, total: int) -> None:
+        display.progress("reference", done, total)
+        if interrupt.is_set:
+            raise KeyboardInterrupt  # what was computed is in the store
+
     prepared: dict[str, tuple[RunConfig, Prepared]] = {}
     for settings in extremes(study.space):
         run = trial_recipe(study.run, study.folder, Trial(0, settings, {}, study.space.seeds[0]))
@@ -314,7 +320,7 @@ def _reference_pass(study: StudyFile, gpus: float, display: StudyDisplay, interr
             run,
             gpus_per_actor=gpus,
             per_token="tails" in loss_function(**run.loss.model_dump()).needs,
-            on_progress=lambda done, total: display.progress("reference", done, total),
+            on_progress=on_progress,
         )
         study.study["reference"]["computed"] += done.computed
         study.study["reference"]["from_store"] += done.from_store
@@ -347,7 +353,6 @@ class Proposals(InDriver, tune.search.Searcher):  # type: ignore[misc]  # Ray ha
         self._study, self._optuna = study, None if planned is not None else _optuna(study)
         had = [] if planned is not None else [Trial(**_identity(record)) for record in study.trials]
         self._coming = iter(planned or had)
-        self._count = 0
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         proposed = None if self._optuna is None else self._optuna.suggest(trial_id)
@@ -356,7 +361,6 @@ class Proposals(InDriver, tune.search.Searcher):  # type: ignore[misc]  # Ray ha
             trial = self._from_optuna(proposed)
         if trial is None:
             return str(self.FINISHED)
-        self._count += 1
         record = self._study.record(trial)
         replay = [dict(line) for line in record["evaluations"]] if record["status"] in FINISHED else None
         return {"trial": trial._asdict(), "replay": replay}
