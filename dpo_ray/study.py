@@ -108,7 +108,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Reference:
-    """Pairs of the reference pass, by where their log-probs came from."""
+    """Responses of the reference pass, by where their log-probs came from."""
 
     computed: int
     from_store: int

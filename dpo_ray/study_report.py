@@ -260,7 +260,7 @@ def _compute(found: Findings) -> str:
     ]
     if confirmation.full:
         rows.append(["confirmation, on top", f"{confirmation.spent} steps"])
-    rows.append(["reference pass", f"{reference.computed} pairs computed, {reference.from_store} from the store"])
+    rows.append(["reference pass", f"{reference.computed} responses computed, {reference.from_store} from the store"])
     return table([], rows)
 
 

@@ -76,7 +76,7 @@ def test_the_planted_winner_its_interval_and_the_verdicts_are_on_the_page(tmp_pa
     assert texts[2].endswith("Of 2 others: 1 worse, 1 not distinguishable.")
     assert "no confirmation was run" in texts[3]
     assert "<h2>Best recipe</h2>\n<pre>name: best\nloss: {beta: 0.1}\n</pre>" in page
-    assert ["reference pass", "1200 pairs computed, 300 from the store"] in rows
+    assert ["reference pass", "1200 responses computed, 300 from the store"] in rows
     assert "Confirmation" not in page
     assert "Pareto" not in page
 
