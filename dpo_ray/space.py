@@ -74,10 +74,15 @@ class Trial(NamedTuple):
     """Id of a trial with the same settings, which this one repeats with a fresh seed."""
 
     @property
-    def id(self) -> str:
+    def key(self) -> str:
         """Equal for equal settings and seed, so that a study that is taken up again finds its runs."""
         content = json.dumps([self.settings, self.seed, self.confirms is not None], sort_keys=True)
-        return f"{self.number:03d}-{hashlib.blake2b(content.encode(), digest_size=4).hexdigest()}"
+        return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+
+    @property
+    def id(self) -> str:
+        """The name of its run."""
+        return f"{self.number:03d}-{self.key}"
 
     @property
     def overrides(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Tune's own state is not used for that: it is a pickle, and bound to one cluster.
 """
 
 import dataclasses
-import itertools
 import logging
 import os
 import queue
@@ -209,10 +208,11 @@ class StudyFile:
         return self.space.objectives[0]
 
     def record(self, trial: Trial) -> dict[str, Any]:
-        """The entry of a trial, made if there is none."""
+        """The entry of a trial, made under the next number if there is none."""
         for record in self.trials:
-            if record["id"] == trial.id:
+            if trial_of(record).key == trial.key:
                 return record
+        trial = trial._replace(number=max((record["number"] for record in self.trials), default=-1) + 1)
         new: dict[str, Any] = {
             "id": trial.id,
             "number": trial.number,
@@ -351,7 +351,7 @@ class Proposals(InDriver, tune.search.Searcher):  # type: ignore[misc]  # Ray ha
     def __init__(self, study: StudyFile, planned: Sequence[Trial] | None) -> None:
         super().__init__(metric=study.main[0], mode=study.main[1])
         self._study, self._optuna = study, None if planned is not None else _optuna(study)
-        had = [] if planned is not None else [Trial(**_identity(record)) for record in study.trials]
+        had = [] if planned is not None else [trial_of(record) for record in study.trials]
         self._coming = iter(planned or had)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
@@ -363,7 +363,7 @@ class Proposals(InDriver, tune.search.Searcher):  # type: ignore[misc]  # Ray ha
             return str(self.FINISHED)
         record = self._study.record(trial)
         replay = [dict(line) for line in record["evaluations"]] if record["status"] in FINISHED else None
-        return {"trial": trial._asdict(), "replay": replay}
+        return {"trial": trial_of(record)._asdict(), "replay": replay}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if self._optuna is not None:
@@ -382,23 +382,23 @@ class Proposals(InDriver, tune.search.Searcher):  # type: ignore[misc]  # Ray ha
     def _from_optuna(self, proposed: Mapping[str, Any]) -> Trial:
         """A trial of what was proposed; one that was there before comes again with the next seed."""
         settings, labels = {}, {}
-        for key, drawn in _unflattened(proposed).items():
+        for key, drawn in _dotted(proposed).items():
             values = self._study.space.settings[key]
             if isinstance(values, Range):
                 settings[key], labels[key] = drawn, label_of(drawn)
             else:
                 settings[key], labels[key] = values[int(drawn)]
         equal = [record for record in self._study.trials if record["settings"] == settings]
-        number = max((record["number"] for record in self._study.trials), default=-1) + 1
-        return Trial(number, settings, labels, self._study.space.seeds[0] + len(equal))
+        return Trial(0, settings, labels, self._study.space.seeds[0] + len(equal))
 
 
-def _unflattened(proposed: Mapping[str, Any]) -> dict[str, Any]:
+def _dotted(proposed: Mapping[str, Any]) -> dict[str, Any]:
     return {key.replace("|", "."): value for key, value in proposed.items()}
 
 
-def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in Trial._fields}
+def trial_of(record: Mapping[str, Any]) -> Trial:
+    """The trial of an entry."""
+    return Trial(**{name: record[name] for name in Trial._fields})
 
 
 def _optuna(study: StudyFile) -> Any:
@@ -652,14 +652,13 @@ def _scheduler(study: StudyFile, how: Search) -> Any:
 
 def confirmations(study: StudyFile) -> list[Trial]:
     """The best configurations again, each with the same fresh seeds; those of a study taken up again stay."""
-    there = [Trial(**_identity(record)) for record in study.trials if record["confirms"] is not None]
+    there = [trial_of(record) for record in study.trials if record["confirms"] is not None]
     standing = search_standing(read_study(study.study))
     if there or standing is None:
         return there
     fresh = max(record["seed"] for record in study.trials) + 1
-    number = itertools.count(max(record["number"] for record in study.trials) + 1)
     return [
-        Trial(next(number), best.settings, best.labels, fresh + i, confirms=best.trials[0].id)
+        Trial(0, best.settings, best.labels, fresh + i, confirms=best.trials[0].id)
         for i in range(study.how.confirm_seeds)
         for best in standing.ranked[: study.how.confirm]
     ]

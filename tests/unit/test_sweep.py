@@ -113,6 +113,16 @@ def test_finished_trials_are_proposed_with_what_they_gave(study: StudyFile):
     assert replays == [[{"step": 10, "rewards/accuracies": 0.6}], *[None] * 5]
 
 
+def test_a_larger_grid_keeps_the_trials_that_were_there(study: StudyFile):
+    finish(study, (plan(BETAS, study.how) or [])[2], 0.6)
+    wider = BETAS._replace(settings={"loss.beta": [Choice(b, str(b)) for b in (0.01, 0.1, 0.2, 0.5)]})
+    proposals, planned = Proposals(study, plan(wider, study.how)), plan(wider, study.how) or []
+    proposed = [proposals.suggest(str(number)) for number in range(8)]
+    replayed = [p["trial"] for p in proposed if isinstance(p, dict) and p["replay"]]
+    assert [trial["settings"]["loss.beta"] for trial in replayed] == [0.5]
+    assert sorted(record["number"] for record in study.trials) == list(range(len(planned)))
+
+
 def test_optuna_goes_on_from_the_trials_that_were_there(run: RunConfig, tmp_path: Path):
     study = StudyFile(Folder(str(tmp_path / "study")), run, WIDE, Search("optuna", trials=9), resume=False)
 
@@ -186,7 +196,9 @@ def test_configurations_are_ranked_by_their_mean_and_the_best_confirmed_on_fresh
     for trial, value in zip(again, (0.5, 0.7, 0.5, 0.6), strict=True):
         finish(study, trial, value)
     assert (winner(study) or {})["settings"] == {"loss.beta": 0.2}  # the luckier one of the search is not the winner
-    assert confirmations(study) == again  # a study that is taken up again confirms the same ones
+    assert [trial.key for trial in confirmations(study)] == [
+        trial.key for trial in again
+    ]  # a study that is taken up again confirms the same ones
 
 
 def test_failed_trials_rank_nowhere(study: StudyFile):
