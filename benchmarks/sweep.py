@@ -1,7 +1,7 @@
 """What does ASHA spend of a full grid, and does it pick as well?
 
 The embedded task of `dpo-ray demo`: for each seed a base model, its own preference pairs, and beta x learning rate as
-whole Ray Train runs, once to the end and once under ASHA. Its pick is judged by the accuracy that the same settings
+whole Ray Train runs, two at a time, once to the end and once under ASHA. Its pick is judged by the accuracy that the same settings
 have in the full grid, against the 95 % interval of the full grid's best.
 
     python benchmarks/sweep.py [--seeds 3]
@@ -28,7 +28,8 @@ def studies_of(folder: Path, seed: int) -> dict[str, Any]:
     from dpo_ray.sweep import Search, sweep
 
     base = make_base_and_pairs(folder, seed)
-    run = resolve(demo_recipe(folder, "demo-dpo", base, "pairs.jsonl", seed, eval__every_steps=EVERY_STEPS))
+    overrides = {"eval__every_steps": EVERY_STEPS, "cluster__num_workers": 1}
+    run = resolve(demo_recipe(folder, "demo-dpo", base, "pairs.jsonl", seed, **overrides))
     settings = {"loss.beta": BETAS, "optim.learning_rate": RATES}
     choices = {key: [Choice(value, f"{value:g}") for value in values] for key, values in settings.items()}
     space = Space("grid", choices, [seed], [(METRIC, "max")], "Which beta, and which learning rate?")
