@@ -1,8 +1,8 @@
 """What does ASHA spend of a full grid, and does it pick as well?
 
 The embedded task of `dpo-ray demo`: for each seed a base model, its own preference pairs, and beta x learning rate as
-whole Ray Train runs, two at a time, once to the end and once under ASHA. Its pick is judged by the accuracy that the same settings
-have in the full grid, against the 95 % interval of the full grid's best.
+whole Ray Train runs, two at a time, once to the end and once under ASHA. Its pick is judged by the accuracy that the
+same settings have in the full grid, against the 95 % interval of the full grid's best.
 
     python benchmarks/sweep.py [--seeds 3]
 """
