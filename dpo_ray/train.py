@@ -122,8 +122,7 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         evaluated = len(evaluation.pairs) > 0 and (step % run.eval.every_steps == 0 or is_last)
         if evaluated:
             began = time.perf_counter()
-            sums, margins = worker.evaluate(evaluation)
-            line = means_with_interval(sums)
+            line, margins = worker.evaluate(evaluation)
             state.evaluation_seconds += time.perf_counter() - began
             state.evaluations.append(Evaluation(step, line))
             log.write({"step": step, "epoch": order.epoch_at(step), **held_out_names(line)})
@@ -305,14 +304,15 @@ class Worker:
         return Departure(is_new or is_now, is_now, told)
 
     def evaluate(self, pair_set: PairSet) -> tuple[dict[str, float], dict[str, float]]:
-        """Reduced sums over all pairs of a set, and the margin of each by its id."""
+        """Means over all pairs of a set with their intervals, and the margin of each pair by its id."""
         pulse.enter("evaluation")
         self.engine.train(False)
         margins: dict[str, torch.Tensor] = {}
         with torch.no_grad():
             sums = self._pass(pair_set, range(len(pair_set.pairs)), divide_by=None, margins=margins).reduced()
         own = {pair_id: float(margin) for pair_id, margin in margins.items()}
-        return sums, {pair_id: margin for part in _from_all_ranks([own]) for pair_id, margin in part.items()}
+        everyones = {pair_id: margin for part in _from_all_ranks([own]) for pair_id, margin in part.items()}
+        return means_with_interval(sums), everyones
 
     def _pass(
         self,
