@@ -501,7 +501,7 @@ def trials_table(
     title = f"{len(done)} of {total or '?'} trials done"
     if best is not None:
         title += f"; best {metric} {best['best'][metric]:.4f} ({settings_of(best)})"
-    if done and total:
+    if done and total and len(done) < total and seconds:
         title += f"; about {seconds / len(done) * (total - len(done)) / 60:.0f} min left"
     table = Table(title=title)
     for heading in ("trial", "settings", "state", "step", metric):
@@ -523,8 +523,8 @@ def show_study(study: Mapping[str, Any]) -> None:
     """All trials, and where the report is."""
     objective = study["objectives"][0]
     console.print(trials_table(study["trials"], len(study["trials"]), objective["metric"], objective["mode"], 0.0))
-    told = f"{study['status']}" + (f": {study['stop_reason']}" if study["stop_reason"] else "")
-    console.print(f"{told}; {study['seconds']:.0f} s", highlight=False)
+    reason = f": {study['stop_reason']}" if study["stop_reason"] not in (None, study["status"]) else ""
+    console.print(f"{study['status']}{reason}; {study['seconds']:.0f} s", highlight=False)
     folder = study["trials"][0]["folder"].rpartition("/trials/")[0] if study["trials"] else ""
     console.print(f"report: {folder}/report.html; best recipe: {folder}/best.yaml", highlight=False, soft_wrap=True)
 

@@ -11,7 +11,7 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from dpo_ray.cli import app
+from dpo_ray.cli import StudyLive, app, trials_table
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(20)]
 
@@ -220,3 +220,58 @@ def test_an_event_is_shown_as_it_is_also_with_brackets_in_it(capsys: pytest.Capt
     told = capsys.readouterr().err
     assert "step 3: went on: [/a/b.cc:537] reset by peer" in told
     assert "held by [/x]" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--space", "betas"], "no space `betas`"),
+        (["--space", "beta_and_lr"], "--search random needs --trials"),
+        (["--space", "beta", "--scheduler", "pbt"], "--scheduler: one of asha, median, none"),
+        (["--space", "beta", "--metric", "accuracy"], "no metric `accuracy`"),
+        (["--space", "mixture"], "at least two `data.sources`"),
+        (["--space", "beta", "--search", "optuna", "--trials", "3", "--seeds", "2"], "take one seed"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_told_in_one_line(run: Run, tmp_path: Path, options: list[str], told: str):
+    assert told in one_line(CliRunner().invoke(app, ["sweep", str(tmp_path / "recipe.yaml"), "--dry-run", *options]))
+
+
+def test_the_dry_run_of_a_sweep_lists_its_trials(run: Run, tmp_path: Path):
+    command = ["sweep", str(tmp_path / "recipe.yaml"), "--space", "beta", "--seeds", "2", "--dry-run"]
+    plan = yaml.safe_load(CliRunner().invoke(app, command).stdout)
+    assert (plan["search"], plan["scheduler"], len(plan["trials"])) == ("grid", "asha", 12)
+    assert not (tmp_path / "runs/small-beta").exists()
+
+
+def test_the_state_of_a_study_is_told_trial_by_trial(capsys: pytest.CaptureFixture[str]):
+    record = {
+        "id": "000-a",
+        "number": 0,
+        "labels": {"loss.beta": "0.1"},
+        "seed": 3,
+        "status": "running",
+        "stop_reason": None,
+        "error": None,
+        "confirms": None,
+        "steps": 4,
+        "best": None,
+    }
+    with StudyLive() as live:
+        live.trials([record], 4, "rewards/accuracies", "max")
+        live.trials([record], 4, "rewards/accuracies", "max")
+        done = record | {"status": "stopped_by_scheduler", "stop_reason": "asha at step 8"}
+        live.trials([done | {"best": {"rewards/accuracies": 0.6}}], 4, "rewards/accuracies", "max")
+    assert capsys.readouterr().err.splitlines() == [
+        "trial 0 (beta=0.1 seed=3): running",
+        "trial 0 (beta=0.1 seed=3): stopped_by_scheduler  rewards/accuracies 0.6  (asha at step 8)",
+    ]
+
+
+def test_the_table_of_a_study_has_the_best_and_the_time_left():
+    records = [
+        {"number": n, "labels": {}, "seed": n, "status": status, "confirms": None, "steps": 8, "best": best}
+        for n, (status, best) in enumerate([("completed", {"kl": 0.2}), ("failed", None), ("running", {"kl": 0.3})])
+    ]
+    title = str(trials_table(records, 6, "kl", "min", 120.0).title)
+    assert title == "2 of 6 trials done; best kl 0.2000 (seed=0); about 4 min left"
