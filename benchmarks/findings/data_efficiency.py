@@ -11,27 +11,27 @@ Not here: that conversational data taught more than question answering. Sources 
 not in kind, so nothing in it could show or deny that. Texts have no meaning: signs carry over, sizes of effects do not.
 
     python benchmarks/findings/data_efficiency.py [--seeds 8] [--sizes 32 ... 2048] [--betas 0.05 0.2 1.0]
-        [--fixed-steps 48] [--mixture-sizes 128 512]
+        [--fixed-steps 48] [--mixture-sizes 128 512] [--minutes M]
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import table, write
+from benchmarks.common import difference, over_seeds, table, verdict, write
 from benchmarks.findings.pico import (
     NUM_TOPICS,
     Task,
     make_base,
     pico_run,
     quiet,
-    told_interval,
-    told_verdict,
     train,
 )
 
@@ -63,7 +63,7 @@ def measure(base: Path, storage: Path, seed: int, options: argparse.Namespace) -
 
     def file(name: str, count: int, topics: Sequence[int]) -> Path:
         # Pairs of a held-out pair's prompt are not trained on, and some are alike: more are made than are asked for.
-        return task.pairs(2 * count, noise=NOISE, topics=topics).write(storage / f"{name}.jsonl")
+        return task.pairs(5 * count // 4, noise=NOISE, topics=topics).write(storage / f"{name}.jsonl")
 
     def run(study: str, sources: Sequence[Path], size: int, beta: float, source: str, **overrides: Any) -> None:
         settings = pico_run(task, storage, sources, held_out, size, loss__beta=beta, **overrides)
@@ -114,7 +114,7 @@ def size_table(results: Results) -> str:
     rows = []
     for size in results.sizes:
         for beta in results.betas:
-            told = (told_interval(results.of(name, study="size", size=size, beta=beta)) for name in METRICS)
+            told = (over_seeds(results.of(name, study="size", size=size, beta=beta)) for name in METRICS)
             rows.append([str(size), f"{beta:g}", *told])
     return table(["pairs", "beta", *METRICS.values()], rows)
 
@@ -122,7 +122,7 @@ def size_table(results: Results) -> str:
 def steps_table(results: Results) -> str:
     rows = []
     for size in results.sizes:
-        told = (told_interval(results.of(name, study="steps", size=size)) for name in METRICS)
+        told = (over_seeds(results.of(name, study="steps", size=size)) for name in METRICS)
         rows.append([str(size), *told])
     return table(["pairs", *METRICS.values()], rows)
 
@@ -144,104 +144,111 @@ def trend_table(results: Results) -> str:
 
 
 def mixture_table(results: Results) -> str:
-    from dpo_ray.comparisons import paired_t_test
-
     rows = []
     for size in results.mixture_sizes:
         mix = results.of("true_reward", study="mixture", size=size, source="mix")
-        rows.append([str(size), "mix", told_interval(mix), ""])
+        rows.append([str(size), "mix", over_seeds(mix), ""])
         for name in SOURCES:
             single = results.of("true_reward", study="mixture", size=size, source=name)
-            test = paired_t_test(mix, single)
-            change = f"{test.difference.estimate:+.2f} ({test.difference.low:+.2f} to {test.difference.high:+.2f})"
-            rows.append(
-                [
-                    str(size),
-                    name,
-                    told_interval(single),
-                    f"{change}, p {test.p_value:.2g}, {test.wins} of {len(mix)} up",
-                ]
-            )
+            rows.append([str(size), name, over_seeds(single), contrast(mix, single)])
     return table(["pairs", "source", "true reward, SD", "mix less this"], rows)
+
+
+def contrast(first: Sequence[float], second: Sequence[float]) -> str:
+    """`difference` with its one-sided p and the number of seeds in which the first is the larger."""
+    from dpo_ray.comparisons import p_greater
+
+    wins = sum(one > two for one, two in zip(first, second, strict=True))
+    return f"{difference(first, second)}, p {p_greater(first, second):.2g}, {wins} of {len(first)} seeds"
 
 
 def verdict_table(results: Results) -> str:
     """What was expected beforehand, and whether it holds."""
+    rows = [
+        *rises_with_pairs(results),
+        *falls_with_beta(results),
+        *accuracy_gains(results),
+        kl_ratio(results),
+        mixture_covers(results),
+    ]
+    return table(["expected", "found", ""], rows)
+
+
+def rises_with_pairs(results: Results) -> Iterator[list[str]]:
     from scipy.stats import spearmanr
 
-    from dpo_ray.comparisons import p_greater, paired_t_test
-
-    most, seeds = results.sizes[-1], len(results.seeds)
-    rows = []
-
-    needed = int(np.ceil(5 / 6 * seeds))
+    num_seeds = len(results.seeds)
     for beta in results.betas:
         values = results.curve("true_reward", "size", beta).values
         ranks = [float(spearmanr(results.sizes, row).statistic) for row in values]
         high = sum(rank >= 0.9 for rank in ranks)
-        rows.append(
-            [
-                f"(a) beta {beta:g}: true reward rises with pairs, Spearman's rho of at least 0.9 in 5 of 6 seeds",
-                f"{high} of {seeds} seeds; least {min(ranks):.2f}",
-                told_verdict(high >= needed),
-            ]
-        )
+        yield [
+            f"(a) beta {beta:g}: true reward rises with pairs, Spearman's rho of at least 0.9 in 5 of 6 seeds",
+            f"{high} of {num_seeds} seeds; least {min(ranks):.2f}",
+            verdict(high >= 5 / 6 * num_seeds),
+        ]
+
+
+def falls_with_beta(results: Results) -> Iterator[list[str]]:
+    from dpo_ray.comparisons import p_greater
+
+    most = results.sizes[-1]
     for metric, name in (("true_reward", "true reward"), ("sequence_kl", "KL")):
-        for low, high_beta in zip(results.betas, results.betas[1:], strict=False):
-            first, second = (results.of(metric, study="size", size=most, beta=beta) for beta in (low, high_beta))
-            test, p = paired_t_test(first, second), p_greater(first, second)
-            rows.append(
-                [
-                    f"(b) {most} pairs: {name} at beta {low:g} is above that at {high_beta:g}",
-                    f"{test.difference.estimate:+.2f} ({test.difference.low:+.2f} to {test.difference.high:+.2f}), "
-                    f"p {p:.2g}, {test.wins} of {seeds} seeds",
-                    told_verdict(p < 0.01),
-                ]
-            )
-    small = 128 if 128 in results.sizes else results.sizes[0]
+        for low, high in itertools.pairwise(results.betas):
+            first, second = (results.of(metric, study="size", size=most, beta=beta) for beta in (low, high))
+            claim = f"(b) {most} pairs: {name} at beta {low:g} is above that at {high:g}, p < 0.01"
+            yield [claim, contrast(first, second), verdict(p_greater(first, second) < 0.01)]
+
+
+def accuracy_gains(results: Results) -> Iterator[list[str]]:
+    from dpo_ray.comparisons import p_greater
+
+    most = results.sizes[-1]
+    fewest = 128 if 128 in results.sizes else results.sizes[0]
     for beta in results.betas:
-        first, second = (results.of("rewards/accuracies", study="size", size=n, beta=beta) for n in (most, small))
-        test, p = paired_t_test(first, second), p_greater(first, second, 0.08)
-        # The claim is of the mean; whether it is above 0.08 by test is told beside it.
-        rows.append(
-            [
-                f"(c) beta {beta:g}: held-out accuracy of {most} pairs is above that of {small} by more than 0.08",
-                f"{test.difference.estimate:+.3f} ({test.difference.low:+.3f} to {test.difference.high:+.3f}), "
-                f"p {p_greater(first, second):.2g} for any gain, {p:.2g} for more than 0.08",
-                told_verdict(test.difference.estimate > 0.08 and p_greater(first, second) < 0.01),
-            ]
+        first, second = (
+            results.of("rewards/accuracies", study="size", size=size, beta=beta) for size in (most, fewest)
         )
-    low, high_kl = (
-        np.mean(results.of("sequence_kl", study="size", size=most, beta=b))
-        for b in results.betas[:: len(results.betas) - 1]
-    )
-    rows.append(
-        [
-            f"(d) {most} pairs: KL at beta {results.betas[0]:g} is at least 5 times that at {results.betas[-1]:g}",
-            f"{low:.2f} against {high_kl:.2f} nats, {low / high_kl:.1f} times",
-            told_verdict(low >= 5 * high_kl),
+        p_any, p_more = p_greater(first, second), p_greater(first, second, 0.08)
+        is_large = float(np.mean(first) - np.mean(second)) > 0.08
+        yield [
+            f"(c) beta {beta:g}: held-out accuracy of {most} pairs is above that of {fewest}, p < 0.01, "
+            "in the mean by more than 0.08",
+            f"{difference(first, second, 3)}, p {p_any:.2g}; of more than 0.08 by test, p {p_more:.2g}",
+            verdict(is_large and p_any < 0.01),
         ]
-    )
+
+
+def kl_ratio(results: Results) -> list[str]:
+    most, low, high = results.sizes[-1], results.betas[0], results.betas[-1]
+    first, second = (float(np.mean(results.of("sequence_kl", study="size", size=most, beta=b))) for b in (low, high))
+    return [
+        f"(d) {most} pairs: KL at beta {low:g} is at least 5 times that at {high:g}",
+        f"{first:.2f} against {second:.2f} nats, {first / second:.1f} times",
+        verdict(first >= 5 * second),
+    ]
+
+
+def mixture_covers(results: Results) -> list[str]:
+    from dpo_ray.comparisons import p_greater
+
     size = results.mixture_sizes[-1]
-    mix = np.array(results.of("true_reward", study="mixture", size=size, source="mix"))
-    single = np.mean([results.of("true_reward", study="mixture", size=size, source=name) for name in SOURCES], axis=0)
-    test, p, wins = paired_t_test(mix, single), p_greater(mix, single), int((mix > single).sum())
-    rows.append(
-        [
-            f"(e) {size} pairs: the mixture's true reward is above the mean of its sources alone",
-            f"{test.difference.estimate:+.2f} ({test.difference.low:+.2f} to {test.difference.high:+.2f}), p {p:.2g}, "
-            f"{wins} of {seeds} seeds",
-            told_verdict(p < 0.05 and wins >= np.ceil(7 / 8 * seeds)),
-        ]
-    )
-    return table(["expected", "found", ""], rows)
+    mix = results.of("true_reward", study="mixture", size=size, source="mix")
+    alone = [results.of("true_reward", study="mixture", size=size, source=name) for name in SOURCES]
+    mean = [float(np.mean(values)) for values in zip(*alone, strict=True)]
+    wins = sum(one > two for one, two in zip(mix, mean, strict=True))
+    return [
+        f"(e) {size} pairs: the mixture's true reward is above its sources' mean, p < 0.05 and in 7 of 8 seeds",
+        contrast(mix, mean),
+        verdict(p_greater(mix, mean) < 0.05 and wins >= 7 / 8 * len(mix)),
+    ]
 
 
 def report(results: Results, fixed_steps: int) -> str:
     return "\n\n".join(
         [
-            f"{len(results.seeds)} seeds; means over them with 95 % intervals; tests are paired by seed, one-sided in the "
-            "verdicts.",
+            f"{len(results.seeds)} seeds; means over them with 95 % intervals; tests are paired by seed, "
+            "and one-sided.",
             "**Verdicts**",
             verdict_table(results),
             "What this does not replicate: that conversational data beats question answering (arXiv:2410.16586) has no "
@@ -249,13 +256,13 @@ def report(results: Results, fixed_steps: int) -> str:
             "behind a combination that is best, and no more.",
             f"**Pairs and beta, {EPOCHS:g} epochs.** Confounded: a run of twice the pairs takes twice the steps.",
             size_table(results),
-            f"**The same pairs at beta {MIDDLE_BETA:g}, {fixed_steps} steps for every size**, so that only the pairs differ; "
-            f"{results.sizes[0]} pairs are then seen {fixed_steps * 32 / results.sizes[0]:.0f} times.",
+            f"**The same pairs at beta {MIDDLE_BETA:g}, {fixed_steps} steps for every size**, so that only the pairs "
+            f"differ; {results.sizes[0]} pairs are then seen {fixed_steps * 32 / results.sizes[0]:.0f} times.",
             steps_table(results),
             "**Dips and plateaus by test.** A dip or rise: Holm-adjusted one-sided p below 0.05 and more than 0.01 "
             "(accuracy) or 0.05 SD (reward). A plateau: equivalence with every later size within 0.02 or 0.1 SD.",
             trend_table(results),
-            f"**Mixture**, beta {MIDDLE_BETA:g}, {EPOCHS:g} epochs, measured on all topics; two-sided p.",
+            f"**Mixture**, beta {MIDDLE_BETA:g}, {EPOCHS:g} epochs, measured on all topics.",
             mixture_table(results),
         ]
     )
@@ -268,13 +275,17 @@ def main() -> None:
     parser.add_argument("--betas", type=float, nargs="+", default=[0.05, 0.2, 1.0])
     parser.add_argument("--fixed-steps", type=int, default=48)
     parser.add_argument("--mixture-sizes", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--minutes", type=float, help="begin no further seed after so many")
     parser.add_argument("--base", type=Path, help="folder of the base model, made there if it is not; null: not kept")
     options = parser.parse_args()
     quiet()
     rows: list[Row] = []
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(options.base or Path(folder) / "base")
         for seed in range(options.seeds):
+            if options.minutes is not None and time.monotonic() - began > options.minutes * 60:
+                break
             storage = Path(folder) / f"seed-{seed}"
             storage.mkdir()
             rows += measure(base, storage, seed, options)

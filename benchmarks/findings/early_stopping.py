@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.common import table, write
-from benchmarks.findings.pico import Task, make_base, pico_run, quiet, told_interval, told_verdict, train
+from benchmarks.common import difference, over_seeds, table, verdict, write
+from benchmarks.findings.pico import Task, make_base, pico_run, quiet, train
 
 SIZE, BETA, NOISE = 256, 0.1, 0.2
 EVERY, CONTROL_EVERY = 8, 2
@@ -70,79 +70,111 @@ def measure(base: Path, storage: Path, seed: int, options: argparse.Namespace) -
     return {"seed": seed, "noisy": [e._asdict() for e in noisy], "control": [e._asdict() for e in control]}
 
 
-def report(runs: Sequence[dict[str, Any]], patience: int) -> str:
-    """The tables and the verdicts, for one patience."""
-    from dpo_ray.comparisons import p_greater, paired_t_test
-    from dpo_ray.stopping import Evaluation
+class Outcome(NamedTuple):
+    """The noisy trainings of all seeds under one rule."""
 
-    histories = [[Evaluation(**e) for e in run["noisy"]] for run in runs]
+    histories: list[list[Any]]
+    places: dict[str, list[int]]
+    """`kept`, `stop` and `end` -> number of the evaluation, by seed."""
+
+    def of(self, metric: str, place: str) -> list[float]:
+        """One value a seed."""
+        return [history[i].metrics[metric] for history, i in zip(self.histories, self.places[place], strict=True)]
+
+    def steps(self, place: str) -> list[int]:
+        return [history[i].step for history, i in zip(self.histories, self.places[place], strict=True)]
+
+
+def outcome_of(runs: Sequence[dict[str, Any]], patience: int) -> Outcome:
+    histories = [evaluations(run["noisy"]) for run in runs]
     stops = [stop_of(history, patience) for history in histories]
-
-    def values(metric: str, at: Sequence[int]) -> list[float]:
-        return [history[i].metrics[metric] for history, i in zip(histories, at, strict=True)]
-
+    best = [max(range(len(h)), key=lambda i, h=h: h[i].metrics["true_reward"]) for h in histories]  # type: ignore[misc]
     places = {
         "kept": [stop.kept for stop in stops],
         "stop": [stop.at for stop in stops],
         "end": [len(history) - 1 for history in histories],
+        "highest": best,
     }
-    steps = {name: [h[i].step for h, i in zip(histories, at, strict=True)] for name, at in places.items()}
-    rows = [["steps", *(told_interval(steps[name], 0) for name in places), "", ""]]
+    return Outcome(histories, places)
+
+
+def evaluations(told: Sequence[dict[str, Any]]) -> list[Any]:
+    from dpo_ray.stopping import Evaluation
+
+    return [Evaluation(**evaluation) for evaluation in told]
+
+
+def comparison_table(outcome: Outcome) -> str:
+    from dpo_ray.comparisons import paired_t_test
+
+    places = ("kept", "stop", "end")
+    rows = [["steps", *(over_seeds(outcome.steps(place), 0) for place in places), "", ""]]
     for metric, meaning in METRICS.items():
-        by_place = {name: values(metric, at) for name, at in places.items()}
-        against = [paired_t_test(by_place[name], by_place["end"]) for name in ("kept", "stop")]
-        told = [f"{t.difference.estimate:+.3f} (p {t.p_value:.2g}; {t.wins} up, {t.losses} down)" for t in against]
-        rows.append([meaning, *(told_interval(v, 3) for v in by_place.values()), *told])
+        values = {place: outcome.of(metric, place) for place in places}
+        told = []
+        for place in ("kept", "stop"):
+            test = paired_t_test(values[place], values["end"])
+            change = difference(values[place], values["end"], 3)
+            told.append(f"{change}, p {test.p_value:.2g}, {test.wins} up, {test.losses} down")
+        rows.append([meaning, *(over_seeds(values[place], 3) for place in places), *told])
+    return table(["", *places, "kept less end", "stop less end"], rows)
 
-    saved = [1 - stop / end for stop, end in zip(steps["stop"], steps["end"], strict=True)]
 
-    def lower(metric: str) -> tuple[str, float]:
-        stop, end = (values(metric, places[name]) for name in ("stop", "end"))
-        change = paired_t_test(stop, end).difference
-        return f"{change.estimate:+.3f} ({change.low:+.3f} to {change.high:+.3f})", p_greater(end, stop)
+def verdict_table(outcome: Outcome, runs: Sequence[dict[str, Any]], patience: int) -> str:
+    from dpo_ray.comparisons import p_greater
 
-    kept, end = (values("rewards/accuracies", places[name]) for name in ("kept", "end"))
-    gain = paired_t_test(kept, end).difference
-    checks = [
-        (
-            "half of the steps or more are saved",
-            f"share saved {told_interval(saved)}",
-            p_greater(saved, [0.5] * len(saved)),
-        ),
-        ("KL at the stop is below that at the end", *lower("sequence_kl")),
-        ("so is held-out loss", *lower("loss")),
-        ("so is the rise of base-text log-loss", *lower("forgetting")),
-        (
-            "held-out accuracy of the kept model is above the end's (it was picked by it, on the same pairs)",
-            f"{gain.estimate:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})",
-            p_greater(kept, end),
-        ),
-    ]
-    verdicts = [[claim, numbers, f"{p:.2g}", told_verdict(p < ALPHA)] for claim, numbers, p in checks]
+    saved = [1 - stop / end for stop, end in zip(outcome.steps("stop"), outcome.steps("end"), strict=True)]
+    rows = []
 
-    best = [max(range(len(h)), key=lambda i, h=h: h[i].metrics["true_reward"]) for h in histories]
-    best_step = [h[i].step for h, i in zip(histories, best, strict=True)]
-    peak = f"{told_interval(values('true_reward', best))} at step {told_interval(best_step, 0)}"
-    controls = [[Evaluation(**e) for e in run["control"]] for run in runs]
-    control_at = [stop_of(history, patience).at for history in controls]
-    shares = [history[i].step / history[-1].step for history, i in zip(controls, control_at, strict=True)]
-    is_late = sum(share >= 0.5 for share in shares)
-    verdicts.append(
-        [
-            "control: clean labels, one epoch, not stopped in its first half",
-            f"{is_late} of {len(runs)} seeds; stopped at {', '.join(f'{share:.0%}' for share in shares)} of its steps",
-            "",
-            told_verdict(is_late == len(runs)),
-        ]
-    )
-    never = sum(stop.at == len(history) - 1 for stop, history in zip(stops, histories, strict=True))
+    def claim(text: str, numbers: str, p: float) -> None:
+        rows.append([text, numbers, f"{p:.2g}", verdict(p < ALPHA)])
+
+    claim("more than half of the steps are saved", f"share {over_seeds(saved)}", p_greater(saved, [0.5] * len(saved)))
+    for metric, text in (
+        ("sequence_kl", "KL at the stop is below the end's"),
+        ("loss", "held-out loss at the stop is below the end's"),
+        ("forgetting", "the rise of base-text log-loss at the stop is below the end's"),
+    ):
+        stop, end = (outcome.of(metric, place) for place in ("stop", "end"))
+        claim(text, difference(stop, end, 3), p_greater(end, stop))
+    kept, end = (outcome.of("rewards/accuracies", place) for place in ("kept", "end"))
+    text = "held-out accuracy of the kept model is above the end's (it was picked by it, on the same pairs)"
+    claim(text, difference(kept, end, 3), p_greater(kept, end))
+
+    controls = [evaluations(run["control"]) for run in runs]
+    ended = [history[stop_of(history, patience).at].step / history[-1].step for history in controls]
+    num_late = sum(share >= 0.5 for share in ended)
+    told = f"{num_late} of {len(runs)} seeds; ended after {', '.join(f'{share:.0%}' for share in ended)} of the steps"
+    text = "control, clean labels and one epoch: not stopped in its first half"
+    rows.append([text, told, "", verdict(num_late == len(runs))])
+    return table(["expected", "found", "one-sided p", f"at {ALPHA}"], rows)
+
+
+def report(runs: Sequence[dict[str, Any]], patience: int) -> str:
+    """Both tables for one patience, and what stopping costs in the true reward."""
+    from dpo_ray.comparisons import paired_t_test
+
+    outcome = outcome_of(runs, patience)
+    num_whole = sum(stop == end for stop, end in zip(outcome.places["stop"], outcome.places["end"], strict=True))
+    costs = []
+    for place in ("kept", "stop"):
+        change = paired_t_test(outcome.of("true_reward", place), outcome.of("true_reward", "end"))
+        way = (
+            "not distinguishable"
+            if change.p_value >= ALPHA
+            else ("better" if change.difference.estimate > 0 else "worse")
+        )
+        told = difference(outcome.of("true_reward", place), outcome.of("true_reward", "end"))
+        costs.append(f"of the `{place}` model {told} SD, p {change.p_value:.2g}: {way}")
     return "\n\n".join(
         [
-            f"**Patience {patience}**: {len(runs)} seeds, {never} of them never stopped. Means over seeds with 95 % "
-            "intervals; differences to the end paired by seed, two-sided t-tests.",
-            table(["", "kept", "stop", "end", "kept less end", "stop less end"], rows),
-            f"True reward at its highest over the evaluations (known only here, and picked with luck): {peak}.",
-            table(["claim", "numbers", "one-sided p", f"at {ALPHA}"], verdicts),
+            f"**Patience {patience}**, {len(runs)} seeds, of which {num_whole} never stopped. Means over seeds with "
+            "95 % intervals; differences are paired by seed, their p two-sided.",
+            comparison_table(outcome),
+            verdict_table(outcome, runs, patience),
+            f"True reward against the end's: {'; '.join(costs)}. At its highest over the evaluations, which only a "
+            f"known task shows and luck flatters, it is {over_seeds(outcome.of('true_reward', 'highest'))} SD, at step "
+            f"{over_seeds(outcome.steps('highest'), 0)}.",
         ]
     )
 

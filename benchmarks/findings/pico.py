@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.common import recipe, score_missing, start_ours
-from dpo_ray.comparisons import mean_interval
 from dpo_ray.metrics import means
 from dpo_ray.stopping import Evaluation
 
@@ -144,16 +143,6 @@ def quiet() -> None:
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-
-
-def told_interval(values: Sequence[float], digits: int = 2) -> str:
-    """Mean over seeds and its 95 % interval: `0.74 (0.60 to 0.88)`."""
-    mean, low, high = mean_interval(values)
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def told_verdict(holds: bool) -> str:
-    return "holds" if holds else "does not hold"
 
 
 def text(tokens: IntArray) -> str:
