@@ -25,6 +25,8 @@ SIZE, BETA, NOISE = 256, 0.1, 0.2
 EVERY, CONTROL_EVERY = 8, 2
 ALPHA = 0.01
 
+ELSE = "**Other settings of the rule on the same trainings**, chosen with them at hand: a description, not a test."
+
 METRICS = {
     "rewards/accuracies": "held-out accuracy",
     "loss": "held-out loss, nats",
@@ -43,12 +45,12 @@ class Stop(NamedTuple):
     """The best one up to there."""
 
 
-def stop_of(history: Sequence[Any], patience: int) -> Stop:
+def stop_of(history: Sequence[Any], patience: int, smoothing: int = 1) -> Stop:
     """Ask the rule after every evaluation but the last, as training does."""
     from dpo_ray.config import EarlyStoppingConfig
     from dpo_ray.stopping import best_evaluation, decide
 
-    rule = EarlyStoppingConfig(patience=patience)
+    rule = EarlyStoppingConfig(patience=patience, smoothing=smoothing)
     at = next((i for i in range(len(history) - 1) if decide(rule, history[: i + 1]).stop), len(history) - 1)
     best = best_evaluation(history[: at + 1], rule.metric)
     return Stop(at, next(i for i, evaluation in enumerate(history) if evaluation is best))
@@ -67,7 +69,16 @@ def measure(base: Path, storage: Path, seed: int, options: argparse.Namespace) -
 
     noisy = histories("noisy", SIZE, NOISE, task.measure, train__max_steps=options.steps, eval__every_steps=EVERY)
     control = histories("control", options.control_pairs, 0.0, None, eval__every_steps=CONTROL_EVERY)
-    return {"seed": seed, "noisy": [e._asdict() for e in noisy], "control": [e._asdict() for e in control]}
+    return {"seed": seed, "noisy": written(noisy), "control": written(control)}
+
+
+def written(history: Sequence[Any]) -> list[dict[str, Any]]:
+    """Evaluations as the results keep them: the metrics that are reported."""
+    names = ("num_pairs", *METRICS)
+    return [
+        {"step": step, "metrics": {name: round(metrics[name], 6) for name in names if name in metrics}}
+        for step, metrics in history
+    ]
 
 
 class Outcome(NamedTuple):
@@ -81,13 +92,17 @@ class Outcome(NamedTuple):
         """One value a seed."""
         return [history[i].metrics[metric] for history, i in zip(self.histories, self.places[place], strict=True)]
 
+    def saved(self) -> list[float]:
+        """Share of the steps, by seed."""
+        return [1 - stop / end for stop, end in zip(self.steps("stop"), self.steps("end"), strict=True)]
+
     def steps(self, place: str) -> list[int]:
         return [history[i].step for history, i in zip(self.histories, self.places[place], strict=True)]
 
 
-def outcome_of(runs: Sequence[dict[str, Any]], patience: int) -> Outcome:
+def outcome_of(runs: Sequence[dict[str, Any]], patience: int, smoothing: int = 1) -> Outcome:
     histories = [evaluations(run["noisy"]) for run in runs]
-    stops = [stop_of(history, patience) for history in histories]
+    stops = [stop_of(history, patience, smoothing) for history in histories]
     best = [max(range(len(h)), key=lambda i, h=h: h[i].metrics["true_reward"]) for h in histories]  # type: ignore[misc]
     places = {
         "kept": [stop.kept for stop in stops],
@@ -123,7 +138,7 @@ def comparison_table(outcome: Outcome) -> str:
 def verdict_table(outcome: Outcome, runs: Sequence[dict[str, Any]], patience: int) -> str:
     from dpo_ray.comparisons import p_greater
 
-    saved = [1 - stop / end for stop, end in zip(outcome.steps("stop"), outcome.steps("end"), strict=True)]
+    saved = outcome.saved()
     rows = []
 
     def claim(text: str, numbers: str, p: float) -> None:
@@ -141,13 +156,41 @@ def verdict_table(outcome: Outcome, runs: Sequence[dict[str, Any]], patience: in
     text = "held-out accuracy of the kept model is above the end's (it was picked by it, on the same pairs)"
     claim(text, difference(kept, end, 3), p_greater(kept, end))
 
-    controls = [evaluations(run["control"]) for run in runs]
-    ended = [history[stop_of(history, patience).at].step / history[-1].step for history in controls]
+    ended = control_ends(runs, patience)
     num_late = sum(share >= 0.5 for share in ended)
     told = f"{num_late} of {len(runs)} seeds; ended after {', '.join(f'{share:.0%}' for share in ended)} of the steps"
     text = "control, clean labels and one epoch: not stopped in its first half"
     rows.append([text, told, "", verdict(num_late == len(runs))])
     return table(["expected", "found", "one-sided p", f"at {ALPHA}"], rows)
+
+
+def control_ends(runs: Sequence[dict[str, Any]], patience: int, smoothing: int = 1, every: int = 1) -> list[float]:
+    """Share of its steps after which each control ends, when asked at every `every`-th of its evaluations."""
+    histories = [evaluations(run["control"])[every - 1 :: every] for run in runs]
+    return [history[stop_of(history, patience, smoothing).at].step / history[-1].step for history in histories]
+
+
+def other_rules(runs: Sequence[dict[str, Any]]) -> str:
+    """The same trainings under other settings of the rule: no verdicts, they were chosen with the runs at hand."""
+    rows = []
+    for patience in (3, 5, 8):
+        for smoothing in (1, 3):
+            outcome = outcome_of(runs, patience, smoothing)
+            cost = difference(outcome.of("true_reward", "kept"), outcome.of("true_reward", "end"))
+            gain = difference(outcome.of("rewards/accuracies", "kept"), outcome.of("rewards/accuracies", "end"), 3)
+            late = [sum(share >= 0.5 for share in control_ends(runs, patience, smoothing, every)) for every in (1, 2)]
+            told = [f"{count} of {len(runs)}" for count in late]
+            rows.append([str(patience), str(smoothing), over_seeds(outcome.saved()), gain, cost, *told])
+    head = [
+        "patience",
+        "smoothing",
+        "share of steps saved",
+        "accuracy, kept less end",
+        "true reward, kept less end, SD",
+        f"controls that pass, asked every {CONTROL_EVERY} steps",
+        f"every {2 * CONTROL_EVERY}",
+    ]
+    return table(head, rows)
 
 
 def report(runs: Sequence[dict[str, Any]], patience: int) -> str:
@@ -197,7 +240,7 @@ def main() -> None:
             storage.mkdir()
             runs.append(measure(base, storage, seed, options))
             print(f"seed {seed + 1}/{options.seeds}", file=sys.stderr)
-    parts = "\n\n".join(report(runs, patience) for patience in options.patience)
+    parts = "\n\n".join([*(report(runs, patience) for patience in options.patience), ELSE, other_rules(runs)])
     asked = vars(options) | {"base": None, "patience": " ".join(map(str, options.patience))}
     write("early_stopping", asked, runs, parts)
 
