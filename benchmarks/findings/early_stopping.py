@@ -86,7 +86,7 @@ class Outcome(NamedTuple):
 
     histories: list[list[Any]]
     places: dict[str, list[int]]
-    """`kept`, `stop` and `end` -> number of the evaluation, by seed."""
+    """`kept`, `stop`, `end`, and where the true reward is `highest` -> number of the evaluation, by seed."""
 
     def of(self, metric: str, place: str) -> list[float]:
         """One value a seed."""
@@ -103,12 +103,12 @@ class Outcome(NamedTuple):
 def outcome_of(runs: Sequence[dict[str, Any]], patience: int, smoothing: int = 1) -> Outcome:
     histories = [evaluations(run["noisy"]) for run in runs]
     stops = [stop_of(history, patience, smoothing) for history in histories]
-    best = [max(range(len(h)), key=lambda i, h=h: h[i].metrics["true_reward"]) for h in histories]  # type: ignore[misc]
+    rewards = [[evaluation.metrics["true_reward"] for evaluation in history] for history in histories]
     places = {
         "kept": [stop.kept for stop in stops],
         "stop": [stop.at for stop in stops],
         "end": [len(history) - 1 for history in histories],
-        "highest": best,
+        "highest": [values.index(max(values)) for values in rewards],
     }
     return Outcome(histories, places)
 
@@ -199,16 +199,13 @@ def report(runs: Sequence[dict[str, Any]], patience: int) -> str:
 
     outcome = outcome_of(runs, patience)
     num_whole = sum(stop == end for stop, end in zip(outcome.places["stop"], outcome.places["end"], strict=True))
-    costs = []
+    end, costs = outcome.of("true_reward", "end"), []
     for place in ("kept", "stop"):
-        change = paired_t_test(outcome.of("true_reward", place), outcome.of("true_reward", "end"))
-        way = (
-            "not distinguishable"
-            if change.p_value >= ALPHA
-            else ("better" if change.difference.estimate > 0 else "worse")
-        )
-        told = difference(outcome.of("true_reward", place), outcome.of("true_reward", "end"))
-        costs.append(f"of the `{place}` model {told} SD, p {change.p_value:.2g}: {way}")
+        test = paired_t_test(outcome.of("true_reward", place), end)
+        found = "better" if test.difference.estimate > 0 else "worse"
+        found = found if test.p_value < ALPHA else "not distinguishable"
+        told = difference(outcome.of("true_reward", place), end)
+        costs.append(f"of the `{place}` model {told} SD, p {test.p_value:.2g}: {found}")
     return "\n\n".join(
         [
             f"**Patience {patience}**, {len(runs)} seeds, of which {num_whole} never stopped. Means over seeds with "
