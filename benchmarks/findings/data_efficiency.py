@@ -59,7 +59,7 @@ Row = dict[str, Any]
 def measure(base: Path, storage: Path, seed: int, options: argparse.Namespace) -> list[Row]:
     """All trainings of a seed. They share reward, test prompts, held-out pairs and the order of the data."""
     task = Task(base, seed, contextual=True)
-    rows = []
+    rows: list[Row] = []
 
     def file(name: str, count: int, topics: Sequence[int]) -> Path:
         # Pairs of a held-out pair's prompt are not trained on, and some are alike: more are made than are asked for.

@@ -8,7 +8,7 @@ N is the number of texts. Tokens of the grammar are numbered 0 to 63: eight topi
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -296,7 +296,7 @@ def pico_run(
         sources: Mixed in equal shares, when several.
         overrides: As in `recipe`.
     """
-    settings: Mapping[str, Any] = {
+    settings: dict[str, Any] = {
         "data__sources": [{"path": str(path), "weight": 1.0} for path in sources],
         "data__eval": {"sources": [{"path": str(held_out)}], "num_pairs": 512},
         "data__subset_seed": task.seed,
