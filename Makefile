@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs bench chaos wheel clean
+.PHONY: help install demo test check format docs bench findings chaos wheel clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ docs: $(INSTALLED) ## Write docs/recipe.md from the schema
 
 bench: $(INSTALLED) ## Run every benchmark
 	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+findings: $(INSTALLED) ## Data efficiency and early stopping in miniature, over seeds
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/findings/early_stopping.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/findings/data_efficiency.py
 
 chaos: $(INSTALLED) ## Kill parts of runs at random moments, RUNS=20 times
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --runs $(or $(RUNS),20)
