@@ -110,7 +110,7 @@ def sweep(
         RunFailed: Every trial failed.
     """
     display, interrupt = display or SilentStudy(), interrupt or Interrupt()
-    run = resolve(run)
+    run = _tracked(resolve(run))
     folder = Folder(f"{run.storage.path}/{name or f'{run.name}-{space.name}'}")
     folder.check_writable()
     planned = plan(space, how)
@@ -709,6 +709,15 @@ def _register(study: StudyFile, best: Mapping[str, Any], tracker: Any) -> None:
         run = parse_run(yaml.safe_load(folder.read("recipe.yaml")))
         write_model(folder, run, folder / "model", folder.read_json(SUMMARY_FILE))
     tracker.register(f"{folder.path}/model", str(study.run.tracking.register_as))
+
+
+def _tracked(run: RunConfig) -> RunConfig:
+    """The recipe with its tracking store named: trials lie in another folder, but belong to the study's store."""
+    if run.tracking.kind == "none":
+        return run
+    from dpo_ray.tracking import tracking_uri
+
+    return run.model_copy(update={"tracking": run.tracking.model_copy(update={"uri": tracking_uri(run)})})
 
 
 def _open_tracker(study: StudyFile) -> Any:
