@@ -500,8 +500,8 @@ class EarlyStoppingConfig(Config):
     """Held-out metric that decides, also which checkpoint becomes `model/`."""
 
     patience: int = Field(default=3, ge=1)
-    """Evaluations without improvement before the run stops. The more often a run is evaluated the more patience it needs:
-    at an evaluation every 2 of 64 steps 3 stopped 5 of 12 runs that still learned, 5 only 2."""
+    """Evaluations without improvement before the run stops. Frequent evaluations need more: with one every 2 of 64
+    steps, 3 stopped 5 of 12 runs that still learned, and 5 stopped 2."""
 
     min_improvement: float = Field(default=0.0, ge=0)
     """Smallest change that counts, in the metric's unit."""
