@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -161,12 +161,14 @@ def at_random(space: Space, num_points: int, random_seed: int = 0) -> list[Trial
     return _with_seeds(list(points.values()), space.seeds)
 
 
-def extremes(space: Space) -> Iterator[dict[str, Any]]:
-    """Settings that together reach everything a trial may read: all values of lists, both ends of ranges."""
+def extremes(space: Space, sections: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Settings that together reach all that trials may take of these sections of a recipe: every value of a list, both
+    ends of a range. What else varies keeps its first value.
+    """
     axes = []
     for key, values in space.settings.items():
         found = [values.high, values.low] if isinstance(values, Range) else [choice.value for choice in values]
-        axes.append([(key, value) for value in found])
+        axes.append([(key, value) for value in (found if key.partition(".")[0] in sections else found[:1])])
     return (dict(point) for point in itertools.product(*axes))
 
 

@@ -38,6 +38,10 @@ STUDY_FILE, BEST_FILE = "study.json", "best.yaml"
 NO_RESOURCES = {"memory": 1}
 """A trial itself only waits for its workers, who reserve what they need; a whole CPU for it could starve them. Ray does
 not take an empty request, so it asks for one byte."""
+READ = {"data", "model", "reference", "engine", "loss"}
+"""Sections that decide which reference log-probs a trial reads."""
+TRIALS_CHECKED = 50
+"""Where Optuna will propose the trials, so many random ones are checked beforehand."""
 SEARCHES, SCHEDULERS = ("grid", "random", "optuna"), ("asha", "median", "none")
 FINISHED = ("completed", "stopped_early", "stopped_by_scheduler", "failed")
 """States of a trial that will not run again."""
@@ -114,7 +118,7 @@ def sweep(
     folder = Folder(f"{run.storage.path}/{name or f'{run.name}-{space.name}'}")
     folder.check_writable()
     planned = plan(space, how)
-    for trial in planned or [Trial(0, settings, {}, space.seeds[0]) for settings in extremes(space)]:
+    for trial in planned or at_random(space, TRIALS_CHECKED):
         check_recipe(trial_recipe(run, folder, trial))
     with lease.acquire(folder, display.phase):
         study = StudyFile(folder, run, space, how, resume)
@@ -282,8 +286,7 @@ def _sweep(
 ) -> dict[str, Any]:
     """The search, the confirmation, the report."""
     run, how = study.run, study.how
-    trial_like = trial_recipe(run, study.folder, Trial(0, next(extremes(study.space)), {}, study.space.seeds[0]))
-    gpus = check_cluster(trial_like)
+    gpus = check_cluster(run)
     tracker = _open_tracker(study)
     study.write()
     _reference_pass(study, gpus, display, interrupt)
@@ -303,10 +306,11 @@ def _reference_pass(study: StudyFile, gpus: float, display: StudyDisplay, interr
         if interrupt.is_set:
             raise KeyboardInterrupt  # what was computed is in the store
 
-    prepared: dict[str, tuple[RunConfig, Prepared]] = {}
-    for settings in extremes(study.space):
+    prepared: dict[tuple[str, ...], tuple[RunConfig, Prepared]] = {}
+    for settings in extremes(study.space, READ):
         run = trial_recipe(study.run, study.folder, Trial(0, settings, {}, study.space.seeds[0]))
-        content = run.model_dump_json(include={"data", "model", "reference", "engine"})
+        needs = loss_function(**run.loss.model_dump()).needs
+        content = (run.model_dump_json(include=READ - {"loss"}), *sorted(needs & {"reference", "tails"}))
         if content not in prepared and not interrupt.is_set:
             display.phase(f"reading and encoding pairs: {_told(settings, study.space)}")
             prepared[content] = (run, prepare(run))
@@ -331,7 +335,7 @@ def _told(settings: Mapping[str, Any], space: Space) -> str:
     """The settings that decide what is read."""
     labels = {}
     for key, value in settings.items():
-        if key.startswith(("data", "model", "reference")):
+        if key.partition(".")[0] in READ:
             values = space.settings[key]
             known = [] if isinstance(values, Range) else [c.label for c in values if c.value == value]
             labels[key] = known[0] if known else label_of(value)
@@ -351,8 +355,8 @@ class Proposals(InDriver, tune.search.Searcher):  # type: ignore[misc]  # Ray ha
     def __init__(self, study: StudyFile, planned: Sequence[Trial] | None) -> None:
         super().__init__(metric=study.main[0], mode=study.main[1])
         self._study, self._optuna = study, None if planned is not None else _optuna(study)
-        had = [] if planned is not None else [trial_of(record) for record in study.trials]
-        self._coming = iter(planned or had)
+        had = [trial_of(record) for record in study.trials if record["confirms"] is None]
+        self._coming = iter(had if planned is None else planned)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         proposed = None if self._optuna is None else self._optuna.suggest(trial_id)
