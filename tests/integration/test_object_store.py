@@ -87,7 +87,7 @@ def test_a_run_on_an_object_store_is_interrupted_and_goes_on(
                     "eval": {"num_pairs": 16},
                 },
                 "batch": {"pairs_per_step": 4, "tokens_per_device": 2048},
-                "train": {"log_every_steps": 1},
+                "train": {"log_every_steps": 5},
                 "engine": {"precision": "fp32", "zero_stage": 2},
                 "eval": {"every_steps": 10},
                 "checkpoint": {"every_steps": 5},
@@ -128,6 +128,6 @@ def test_a_run_on_an_object_store_is_interrupted_and_goes_on(
     assert summary["status"] == "completed"
     assert summary["resumed_from_step"] == interrupted["steps"] >= 5
     lines = list(read_lines(folder.read("metrics.jsonl")))
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "loss" in line] == [1, 5, 10, 15, 20]
     assert [line["step"] for line in lines if "eval/loss" in line] == [10, 20]
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= set((folder / "model").names())
