@@ -28,6 +28,7 @@ from dpo_ray.prepare import Prepared, check_recipe, prepare, reference_source, r
 from dpo_ray.reference import fill
 from dpo_ray.space import Range, Space, Trial, at_random, extremes, grid, label_of
 from dpo_ray.storage import Folder, read_lines
+from dpo_ray.study import FINISHED as WITH_RESULT
 from dpo_ray.study import confirmation_standing, read_study, search_standing
 from dpo_ray.study_report import write_study_report
 from dpo_ray.train import METRICS_FILE, margins_file
@@ -43,7 +44,7 @@ READ = {"data", "model", "reference", "engine", "loss"}
 TRIALS_CHECKED = 50
 """Where Optuna will propose the trials, so many random ones are checked beforehand."""
 SEARCHES, SCHEDULERS = ("grid", "random", "optuna"), ("asha", "median", "none")
-FINISHED = ("completed", "stopped_early", "stopped_by_scheduler", "failed")
+FINISHED = (*WITH_RESULT, "failed")
 """States of a trial that will not run again."""
 
 
@@ -700,10 +701,10 @@ def winner(study: StudyFile) -> dict[str, Any] | None:
     standing = confirmation_standing(found) or search_standing(found)
     if standing is None:
         return None
-    metric, mode = study.main
-    trials = [trial for trial in standing.ranked[0].finished if trial.value(metric) is not None]
-    best = best_of([{"step": trial.number, metric: trial.value(metric)} for trial in trials], metric, mode)
-    return next(record for record in study.trials if best is not None and record["number"] == best["step"])
+    objective = found.objective
+    values = {trial.id: trial.value(objective.metric) for trial in standing.ranked[0].finished}
+    best = max((id for id in values if values[id] is not None), key=lambda id: objective.sign * (values[id] or 0.0))
+    return next(record for record in study.trials if record["id"] == best)
 
 
 def _register(study: StudyFile, best: Mapping[str, Any], tracker: Any) -> None:
