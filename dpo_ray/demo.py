@@ -441,10 +441,13 @@ def _train(
     display: "Display | None",
     interrupt: "Interrupt | None",
 ) -> Any:
-    """Run one of the demo's recipes in its folder."""
+    """Run one of the demo's recipes in its folder. An interrupted one has no model to go on with."""
     from dpo_ray.launch import fit
 
-    return fit(demo_recipe(folder, recipe, model, data, seed), display=display, interrupt=interrupt)
+    done = fit(demo_recipe(folder, recipe, model, data, seed), display=display, interrupt=interrupt)
+    if interrupt is not None and interrupt.is_set:
+        raise KeyboardInterrupt
+    return done
 
 
 def demo_recipe(folder: Path, recipe: str, model: str, data: str, seed: int, **overrides: Any) -> RunConfig:

@@ -204,3 +204,17 @@ def test_shipped_recipes_load(name, loss):
     assert run.name == name
     assert run.loss.kind == loss
     assert run.model.path == "demo/base"
+
+
+def test_ctrl_c_in_the_first_training_ends_the_demo(tmp_path, monkeypatch):
+    from dpo_ray import launch
+
+    interrupt = launch.Interrupt()
+
+    def fit(run, **others):
+        interrupt.is_set = True
+        return launch.RunResult(run.folder, {"status": "interrupted"})
+
+    monkeypatch.setattr(launch, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        demo.make_base_and_pairs(tmp_path / "demo", 0, None, interrupt)
