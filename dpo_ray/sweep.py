@@ -8,6 +8,7 @@ Tune's own state is not used for that: it is a pickle, and bound to one cluster.
 import dataclasses
 import logging
 import os
+import random
 import queue
 import threading
 import time
@@ -58,7 +59,7 @@ class Search:
     """`asha`, `median` or `none`: which trials are broken off."""
     grace_steps: int | None = None
     """No trial is broken off before; None: two evaluations."""
-    reduction: int = 3
+    reduction: int = 4
     """ASHA lets one of so many trials pass each rung."""
     trials: int | None = None
     """At most so many; required for random and optuna."""
@@ -595,6 +596,9 @@ def _run_trials(
 ) -> None:
     """All trials through Tune; what is finished already goes by in a moment."""
     total = len(planned) if planned is not None else how.trials
+    if planned is not None and how.scheduler == "asha":
+        # The first trials at a rung always pass it: in the grid's order, where the best may come last, nearly all would.
+        planned = random.Random(how.random_seed).sample(planned, len(planned))
     if planned is not None and all(study.record(trial)["status"] in FINISHED for trial in planned):
         return
     trainable = tune.with_parameters(
