@@ -158,9 +158,9 @@ def score_missing(run: Any, store: Any, pairs: Any) -> None:
     from dpo_ray.models import policy_source
     from dpo_ray.reference import ResponseScorer, by_prompt, missing_responses
 
-    missing, _ = missing_responses(pairs, store)
+    missing = missing_responses(pairs, store)
     if missing:
-        store.write(ResponseScorer(policy_source(run.model), "fp32", run.batch, store).score(by_prompt(missing)))
+        store.write(ResponseScorer(policy_source(run.model), "fp32", run.batch).score(by_prompt(missing)))
 
 
 def run_ours(run: Any, attention: Any = None) -> dict[str, Any]:

@@ -31,9 +31,9 @@ def measure(model: Path, data: str, storage: Path, num_pairs: int) -> dict[str, 
         """What a trial does before it trains: ask the store, compute what is missing, read the table."""
         began = time.process_time()
         store = ReferenceStore(root, fingerprint, "fp32")
-        missing, _ = missing_responses(prepared.train_pairs, store)
+        missing = missing_responses(prepared.train_pairs, store)
         if missing:
-            store.write(ResponseScorer(source, "fp32", run.batch, store).score(by_prompt(missing)))
+            store.write(ResponseScorer(source, "fp32", run.batch).score(by_prompt(missing)))
         ReferenceTable(store, prepared.train_pairs)
         return time.process_time() - began
 

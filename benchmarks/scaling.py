@@ -73,7 +73,7 @@ def measure(model: Path, data: str, num_pairs: int, num_workers: int, stage: int
         overrides = {"engine__zero_stage": stage, "cluster__num_workers": num_workers, "batch__pairs_per_step": 32}
         run = recipe(model, data, folder, num_pairs, **overrides)
         store = ReferenceStore(str(run.reference.store), "start", "fp32")
-        scorer = ResponseScorer(policy_source(run.model), "fp32", run.batch, store)
+        scorer = ResponseScorer(policy_source(run.model), "fp32", run.batch)
         store.write(scorer.score([pair.branches for pair in prepare(run).train_pairs]))
         torch.multiprocessing.spawn(worker, (num_workers, folder, run), nprocs=num_workers)  # type: ignore[no-untyped-call]
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())

@@ -193,6 +193,81 @@ def sweep(
 
 @app.command()
 @explained
+def acquire(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    strategy: Annotated[
+        str, typer.Option(help="Strategies to compare, such as random,certainty; default: the recipe's.")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Arms of each strategy, with seeds of their own.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue; nothing is asked or trained twice.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the pool and the rounds; ask nothing.")] = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Active learning: choose pairs, ask for labels, train, evaluate, again; strategies compared over paired seeds."""
+    from dpo_ray.acquire import acquire as run_acquisition
+    from dpo_ray.acquire import plan
+    from dpo_ray.launch import Interrupt
+
+    run = load_run(recipe, dict(map(parse_override, overrides or [])))
+    strategies = [name.strip() for name in strategy.split(",") if name.strip()]
+    interrupt = Interrupt()
+    with result_stream(as_json) as emit:
+        if dry_run:
+            emit(plan(run, strategies, seeds), show_plan)
+            return
+        with signals_set(interrupt), Live() as display:
+            found = run_acquisition(
+                run,
+                strategies=strategies,
+                num_seeds=seeds,
+                resume=resume,
+                display=display,
+                interrupt=interrupt,
+                connect=lambda: connect(address),
+            )
+        emit(found, lambda tree: console.print(f"report: {run.folder}/report.html", highlight=False, soft_wrap=True))
+    if found["status"] == "interrupted":
+        console.print("interrupted; continue with --resume")
+        raise typer.Exit(130)
+
+
+@app.command()
+@explained
+def score(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="The policy: a run folder or a model; default: the recipe's `model`.")
+    ] = None,
+    entropy: Annotated[bool, typer.Option("--entropy", help="Also sample responses, for their entropy.")] = False,
+    as_json: AsJson = False,
+    address: Address = None,
+) -> None:
+    """Score a pool of pairs under policy and reference, and write the ranking; again: only what is missing."""
+    from dpo_ray.score import score_pool
+
+    run = load_run(recipe, dict(map(parse_override, overrides or [])))
+    with result_stream(as_json) as emit, Live() as display:
+        summary = score_pool(run, model=model, entropy=entropy, display=display, connect=lambda: connect(address))
+        emit(summary, lambda values: show_metrics("Scored pool", values))
+
+
+@app.command()
+@explained
+def label(
+    folder: Annotated[Path, typer.Argument(help="The `queue` folder of an acquisition with people as oracle.")],
+    person: Annotated[str, typer.Option("--as", help="Your name: no pair is given to a person twice.")],
+) -> None:
+    """Label the pairs that wait in a queue: 1, 2, t for a tie, s to skip, u to undo, q to quit."""
+    from dpo_ray.acquisition.label_queue import label_in_terminal, open_queue
+
+    label_in_terminal(open_queue(folder), person)
+
+
+@app.command()
+@explained
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
     overrides: Overrides = None,
@@ -272,13 +347,19 @@ def export(
 
 @app.command()
 @explained
-def report(run_dir: Annotated[str, typer.Argument(help="A folder of a run or a study.")]) -> None:
-    """Write report.html and report.png from what a run or a study wrote."""
+def report(run_dir: Annotated[str, typer.Argument(help="A folder of a run, a study or an acquisition.")]) -> None:
+    """Write report.html and report.png from what a run, a study or an acquisition wrote."""
+    from dpo_ray.acquire_report import write_acquire_report
     from dpo_ray.report import write_report
     from dpo_ray.storage import Folder
     from dpo_ray.study_report import write_study_report
 
-    write = write_study_report if Folder(run_dir).exists("study.json") else write_report
+    folder = Folder(run_dir)
+    write = write_report
+    if folder.exists("study.json"):
+        write = write_study_report
+    elif folder.exists("acquire.json"):
+        write = write_acquire_report
     for path in write(run_dir):
         console.print(path, highlight=False, soft_wrap=True)
 

@@ -585,6 +585,224 @@ class TrackingConfig(Config):
     """Register the exported model under this name."""
 
 
+class PoolConfig(Config):
+    kind: Literal["auto", "labelled", "candidates", "prompts"] = "auto"
+    """What the rows of `data.sources` are: pairs whose labels are hidden until they are asked for, prompts with two or
+    more responses, or prompts alone, to which the model writes responses. `auto`: by the first row."""
+
+    pairing: Literal["random", "all", "best_vs_worst"] = "random"
+    """Which pairs the responses to one prompt form: one at random, all, or best against worst by the scores in the
+    data."""
+
+    per_label: float | None = Field(default=None, ge=1)
+    """Candidate pairs that a round looks at, per label that it asks for, drawn at random; null: the whole pool, and 8
+    where responses are written first."""
+
+
+class GenerateConfig(Config):
+    num_responses: int = Field(default=2, ge=2)
+    """Responses that the model writes to each prompt of a pool of prompts."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Most tokens of a response."""
+
+    temperature: float = Field(default=0.7, gt=0)
+    """Of the candidates. Samples for `entropy` are always drawn at 1."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Tokens are drawn from the smallest set of this probability."""
+
+    entropy_samples: int = Field(default=16, ge=2)
+    """Responses sampled to each prompt for strategies that need its entropy."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """`auto`: vLLM where it is installed and there is a GPU, else transformers' continuous batching."""
+
+
+class BatchRuleConfig(Config):
+    kind: Literal["top", "softmax", "power", "softrank", "k_center", "log_det"] = "top"
+    """The best scores; the best after Gumbel noise (three kinds); or, of the best ones, those that differ most in their
+    hidden states."""
+
+    sharpness: float = Field(default=1.0, gt=0)
+    """Of noise: how much scores weigh against it."""
+
+    over: float = Field(default=4.0, ge=1)
+    """Of `k_center` and `log_det`: candidates to choose among, per label."""
+
+    per_prompt: int | None = Field(default=1, ge=1)
+    """Most pairs of one prompt."""
+
+    per_source: dict[str, int] | None = None
+    """Most pairs of a source, by its path."""
+
+    per_cluster: int | None = Field(default=None, ge=1)
+    """Most pairs of a cluster of hidden states."""
+
+    num_clusters: int = Field(default=64, ge=1)
+    """Clusters for `per_cluster`."""
+
+    max_cosine: float | None = Field(default=None, gt=0, le=1)
+    """Pairs whose hidden states are this close to a labelled or chosen one are near-duplicates, and left out."""
+
+    max_jaccard: float | None = Field(default=None, gt=0, le=1)
+    """Pairs that share this much of their word triples with a labelled or chosen one are left out."""
+
+
+class EnsembleConfig(Config):
+    members: int = Field(default=5, ge=2)
+    """Small heads on the policy's hidden states, trained on all labels so far, each on its own resample of them."""
+
+    width: int = Field(default=64, ge=0)
+    """Hidden units of a head; 0: linear."""
+
+    steps: int = Field(default=200, ge=1)
+    """Full-batch steps of AdamW."""
+
+    learning_rate: float = Field(default=1e-2, gt=0)
+    """Of the heads."""
+
+    pull: float = Field(default=0.5, ge=0)
+    """Weight of the distance to a head's own random start, which keeps members apart where there are no labels."""
+
+
+class OracleConfig(Config):
+    flip: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of answers that are turned round on purpose, for studies; by seed and content."""
+
+
+class LabelsOracleConfig(OracleConfig):
+    kind: Literal["labels"] = "labels"
+    """The labels, or scores, that the data hides."""
+
+
+class FunctionOracleConfig(OracleConfig):
+    kind: Literal["function"] = "function"
+    """A function of prompt and response: the higher value is preferred."""
+
+    function: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`module:NAME` of a function `(prompt, response) -> float`; both are text."""
+
+
+class RewardModelOracleConfig(OracleConfig):
+    kind: Literal["reward_model"] = "reward_model"
+    """A Hugging Face model for sequence classification with one output."""
+
+    path: str
+    """Hub id or folder."""
+
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+    max_tokens: int = Field(default=2048, ge=2)
+    """Longer texts lose their beginning."""
+
+
+class LlmOracleConfig(OracleConfig):
+    kind: Literal["llm"] = "llm"
+    """A judge behind an OpenAI-compatible chat endpoint."""
+
+    url: str = "https://api.openai.com/v1"
+    """Base URL, without `/chat/completions`."""
+
+    model: str
+    """Name of the judge there."""
+
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """Environment variable that holds the key; null: none is sent."""
+
+    template: str | None = None
+    """The question, with `{prompt}`, `{a}` and `{b}`; the answer must end in A, B or C (a tie). Null: the built-in."""
+
+    both_orders: bool = True
+    """Ask with both orders of the responses; a judge that contradicts itself makes a tie."""
+
+    temperature: float | None = Field(default=0.0, ge=0)
+    """Of the judge; null: none is sent, for models that take none."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Most tokens of an answer."""
+
+    concurrency: int = Field(default=8, ge=1)
+    """Requests at a time."""
+
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Most requests per minute; null: no limit but the server's."""
+
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    """Of the server's silence, after which a request is given up."""
+
+    max_retries: int = Field(default=6, ge=0)
+    """After timeouts, refused connections, status 408, 409, 429 and 5xx, and answers that name no side. Waits grow
+    from 1 to 60 s; `Retry-After` is kept."""
+
+    prices: tuple[float, float] | None = None
+    """Price of a million prompt tokens and of a million answer tokens, for the cost in the report."""
+
+    cache: str | None = None
+    """Folder of the answers, by content; null: `storage.path/.judge`."""
+
+
+class PeopleOracleConfig(OracleConfig):
+    kind: Literal["people"] = "people"
+    """A queue that people work off, with `dpo-ray label` or the labelling page."""
+
+    labellers: int = Field(default=1, ge=1, le=9)
+    """People that label each pair; the majority holds, and an even vote is a tie."""
+
+    lease_minutes: float = Field(default=15.0, gt=0)
+    """A pair that somebody took and did not label comes back after this time."""
+
+
+AnyOracle = Annotated[
+    LabelsOracleConfig | FunctionOracleConfig | RewardModelOracleConfig | LlmOracleConfig | PeopleOracleConfig,
+    Field(discriminator="kind"),
+]
+
+
+class AcquireConfig(Config):
+    strategy: str = "certainty"
+    """What is asked about: `random`, `offline_random`, `entropy`, `certainty`, `entropy_then_certainty`, `uncertainty`,
+    `bald`, `bal_pm`, `d_optimal`, `adpo`, `margin_band`, `oracle_gap`."""
+
+    options: dict[str, Any] = {}
+    """Options of the strategy, such as `{per_token: true}`."""
+
+    labels_per_round: int = Field(default=64, ge=1)
+    """Labels asked for before each training."""
+
+    budget: int = Field(default=512, ge=1)
+    """Labels asked for in all."""
+
+    start_from: Literal["base", "last"] = "base"
+    """Each round trains the model of the recipe anew on all labels, or goes on from the round before with the same
+    reference."""
+
+    seed: int = 0
+    """Of random order, noise and sampling; a comparison counts on from it."""
+
+    target: float | None = None
+    """Stop when the held-out metric (`early_stopping.metric`) reaches this."""
+
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many rounds without a better held-out metric."""
+
+    pool: PoolConfig = PoolConfig()
+    """What may be asked about."""
+
+    generate: GenerateConfig = GenerateConfig()
+    """How the model writes responses."""
+
+    batch: BatchRuleConfig = BatchRuleConfig()
+    """How a round's pairs are chosen by their scores, and what a round may hold at most."""
+
+    ensemble: EnsembleConfig = EnsembleConfig()
+    """The heads of `bald` and `bal_pm`."""
+
+    oracle: AnyOracle = LabelsOracleConfig()
+    """Who labels."""
+
+
 class RunConfig(Config):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
     """The run folder's name: letters, digits and `._=-`."""
@@ -603,6 +821,8 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    acquire: AcquireConfig | None = None
+    """Active learning; read by `dpo-ray acquire` and `dpo-ray score` only."""
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,13 +133,30 @@ class PairModel(nn.Module):
         )
 
     def forward(self, batch: PairBatch) -> ResponseLogps:
+        return self._read(self._predicting(batch), batch)
+
+    def with_hidden(self, batch: PairBatch) -> tuple[ResponseLogps, Tensor]:
+        """Log-probs, and hidden states [S, 2, D], float64: of each response the mean of the last layer's states that
+        predict its tokens, and the state at the end of its prompt."""
+        predicting = self._predicting(batch)
+        found, states = self._read(predicting, batch), predicting.double()
+        sums = states.new_zeros(batch.num_responses, states.shape[1]).index_add_(0, batch.response_index, states)
+        ends = found.num_tokens.cumsum(0).long()
+        first = torch.cat([ends.new_zeros(1), ends[:-1]])  # a response's tokens stand together, in their order
+        return found, torch.stack([sums / found.num_tokens[:, None], states[first]], dim=1)
+
+    def _predicting(self, batch: PairBatch) -> Tensor:
+        """Last hidden states at the positions that predict response tokens, [N, D]."""
         hidden = self.body(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
             **attention_inputs(batch, self._config, self.attention.kernel, self.head.weight.dtype),
         ).last_hidden_state
-        predicting = hidden.reshape(-1, hidden.shape[-1])[batch.predict_index]
+        predicting: Tensor = hidden.reshape(-1, hidden.shape[-1])[batch.predict_index]
+        return predicting
+
+    def _read(self, predicting: Tensor, batch: PairBatch) -> ResponseLogps:
         found: TokenLogps = self.head(predicting, batch.target_ids)
         per_token = (
             found.logps,
@@ -337,6 +355,34 @@ def load_language_model(source: ModelSource, precision: str) -> Any:
         raise InputError(f"cannot load {source.path}: {' '.join(str(error).split())[:300]}") from None
     _disable_dropout(model)
     return model
+
+
+class Loaded(NamedTuple):
+    """A model that is ready to score."""
+
+    model: PairModel
+    as_itself: Callable[[], AbstractContextManager[Any]]
+    """Within this the model is the one that was asked for: a base that lends its weights to an adapter too."""
+
+
+def load_to_score(sources: Sequence[ModelSource], precision: str) -> list[Loaded]:
+    """Models to score with, in evaluation mode. An adapter and its own base are one model: adapter on, adapter off."""
+    prints = {source: weights_fingerprint(source) for source in sources}
+    found: dict[ModelSource, Loaded] = {}
+    for source in sources:
+        folder = local_folder(source)
+        if (folder / "adapter_config.json").exists():
+            base = next((s for s in sources if prints[s] == weights_fingerprint(_adapter_base(folder, source))), None)
+            if base is not None and base not in found:
+                from peft import PeftModel
+
+                adapted = PeftModel.from_pretrained(load_language_model(base, precision), folder)
+                model = PairModel(adapted).eval()
+                found[source], found[base] = Loaded(model, nullcontext), Loaded(model, adapted.disable_adapter)
+    for source in sources:
+        if source not in found:
+            found[source] = Loaded(PairModel(load_language_model(source, precision)).eval(), nullcontext)
+    return [found[source] for source in sources]
 
 
 def load_policy(config: "ModelConfig", precision: str, seed: int) -> PairModel:

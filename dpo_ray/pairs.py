@@ -89,6 +89,58 @@ class PreferencePair:
         return f"{self.source}:{self.row}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A prompt with two responses that may be compared. Which comes first says nothing about their worth: they stand
+    in the order of their content."""
+
+    prompt: Text
+    first: Text
+    second: Text
+    tools: tuple[dict[str, Any], ...] | None = None
+    is_transcript: bool = False
+    gold_gap: float | None = None
+    """Worth of the first less that of the second, where the data knows and hides it; 1 or -1 for a bare label."""
+
+    weight: float | None = None
+    group: str | None = None
+    source: str = ""
+    row: int = 0
+
+    @classmethod
+    def of(cls, prompt: Text, one: Text, other: Text, gold_gap: float | None = None, **rest: Any) -> "Candidate":
+        """The candidate of two responses in any order; `gold_gap` is that of `one` less `other`."""
+        if content_hash(one) <= content_hash(other):
+            return cls(prompt, one, other, gold_gap=gold_gap, **rest)
+        return cls(prompt, other, one, gold_gap=None if gold_gap is None else -gold_gap, **rest)
+
+    @cached_property
+    def candidate_id(self) -> str:
+        """Hash of the normalised content: the same whichever response is the better one."""
+        return content_hash("candidate", self.prompt, self.tools, self.first, self.second)
+
+    @cached_property
+    def prompt_id(self) -> str:
+        """As `PreferencePair.prompt_id`."""
+        return content_hash(self.prompt, self.tools)
+
+    def labelled(self, *, is_first: bool, margin: float | None = None) -> PreferencePair:
+        """The pair that a label makes of it."""
+        chosen, rejected = (self.first, self.second) if is_first else (self.second, self.first)
+        return PreferencePair(
+            self.prompt,
+            chosen,
+            rejected,
+            tools=self.tools,
+            is_transcript=self.is_transcript,
+            weight=self.weight,
+            margin=margin,
+            group=self.group,
+            source=self.source,
+            row=self.row,
+        )
+
+
 def content_hash(*content: Any) -> str:
     """32 hex digits of BLAKE2b over canonical JSON; text is NFC-normalised and stripped at both ends."""
     return hashlib.blake2b(

@@ -1,4 +1,4 @@
-"""The reference log-prob store, and the Ray Data pass that fills it.
+"""The log-prob store, and the Ray Data pass that fills it: for the reference, and for a policy that scores a pool.
 
 Content-addressed: under the fingerprint of the model's weights and the type of the computation, each response has its
 summed log-prob under the hash of its prompt's and its own token ids. What is there is never computed again, by any
@@ -8,7 +8,8 @@ run, trial or node; parts are written whole or not at all, so a pass that was br
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,29 +17,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import Lengths, make_batch, plan_step
+from dpo_ray.errors import RunFailed
 from dpo_ray.logps import tail_sums
 from dpo_ray.losses import PairLogps
 from dpo_ray.models import (
+    Loaded,
     ModelSource,
-    PairModel,
     ResponseLogps,
-    load_language_model,
+    load_to_score,
     usable_layout,
     weights_fingerprint,
 )
-from dpo_ray.pairs import Ids, PromptBranches, TokenizedPair
+from dpo_ray.pairs import Ids, PairBatch, PromptBranches, TokenizedPair
 from dpo_ray.storage import Folder
 
 logger = logging.getLogger(__name__)
 
 PROMPTS_PER_PART = 512
-"""Prompts of one call of a scorer, and so of one file; a pass that is broken off loses at most this much per actor."""
+"""Most prompts of one call of a scorer, and so of one file; a pass that is broken off loses at most this much per
+actor."""
 
+PARTS_PER_ACTOR = 4
+"""Of a small pass: the last actor then waits for a quarter of its work at most."""
 
-STORE_VERSION = 2
+HIDDEN_WIDTH = 512
+"""Wider hidden states are projected to this before they are kept."""
+
+STORE_VERSION = 3
 """Part of the path; raise it when the columns change."""
 
 
@@ -50,6 +59,7 @@ class ResponseValue(NamedTuple):
     entropy: float  # summed entropy of the next-token distributions, nats
     alignment: float  # mean of log p(token) - log sum of p^2 over the vocabulary, nats
     token_logps: Sequence[float] | None = None  # of each token, where a loss has asked for it
+    hidden: NDArray[np.float32] | None = None  # [2 W] of the response and of the prompt's end, where a pool is scored
 
 
 def response_key(prompt_ids: Ids, response_ids: Ids) -> bytes:
@@ -77,24 +87,50 @@ class ReferenceStore:
     def path(self) -> str:
         return self._folder.path
 
-    def read(self, wanted: Iterable[bytes], *, per_token: bool = False) -> dict[bytes, ResponseValue]:
+    def read(
+        self, wanted: Iterable[bytes], *, per_token: bool = False, hidden: bool = False
+    ) -> dict[bytes, ResponseValue]:
         """Those of the wanted values that are there.
 
         Args:
             per_token: Only those that have `token_logps`, and with them.
+            hidden: Only those that have hidden states, and with them.
         """
         keys = pa.array(list(wanted), pa.binary(16))
         found: dict[bytes, ResponseValue] = {}
-        columns = ResponseValue._fields if per_token else ResponseValue._fields[:-1]
+        asked = {"token_logps": per_token, "hidden": hidden}
+        columns = [name for name in ResponseValue._fields if asked.get(name, True)]
         for name in self._folder.names():
             if not name.endswith(".parquet"):
                 continue
             table = pq.read_table(pa.BufferReader(self._folder.read(name)), columns=["key", *columns])
             table = table.filter(pc.is_in(table.column("key"), value_set=keys))
-            if per_token:
-                table = table.filter(pc.is_valid(table.column("token_logps")))
-            rows = zip(*(table.column(column).to_pylist() for column in columns), strict=True)
-            found |= {key: ResponseValue(*row) for key, row in zip(table.column("key").to_pylist(), rows, strict=True)}
+            for column in asked.keys() & columns:
+                table = table.filter(pc.is_valid(table.column(column)))
+            # Hidden states stay arrays: lists of Python numbers would take ten times the memory.
+            listed = (
+                table.column(column).to_numpy() if column == "hidden" else table.column(column).to_pylist()
+                for column in columns
+            )
+            rows = zip(*listed, strict=True)
+            found |= {
+                key: ResponseValue(**dict(zip(columns, row, strict=True)))
+                for key, row in zip(table.column("key").to_pylist(), rows, strict=True)
+            }
+        return found
+
+    def keys(self, wanted: Iterable[bytes], *, per_token: bool = False, hidden: bool = False) -> set[bytes]:
+        """Those of the wanted keys that `read` would find."""
+        wanted, found = set(wanted), set()
+        for name in self._folder.names():
+            if not name.endswith(".parquet"):
+                continue
+            file = pq.ParquetFile(pa.BufferReader(self._folder.read(name)))
+            more = [column for column, asked in (("token_logps", per_token), ("hidden", hidden)) if asked]
+            table = file.read(columns=["key", *more])
+            for column in more:
+                table = table.filter(pc.is_valid(table.column(column)))
+            found.update(wanted.intersection(table.column("key").to_pylist()))
         return found
 
     def write(self, values: dict[bytes, ResponseValue]) -> None:
@@ -108,33 +144,56 @@ class ReferenceStore:
                 "entropy": pa.array([values[key].entropy for key in keys], pa.float64()),
                 "alignment": pa.array([values[key].alignment for key in keys], pa.float64()),
                 "token_logps": pa.array([values[key].token_logps for key in keys], pa.list_(pa.float32())),
+                "hidden": pa.array([values[key].hidden for key in keys], pa.list_(pa.float32())),
             }
         )
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        with_tokens = [values[key].token_logps is not None for key in keys]
-        name = hashlib.blake2b(b"".join(keys) + bytes(with_tokens), digest_size=16).hexdigest()
+        more = bytes(2 * (v.hidden is not None) + (v.token_logps is not None) for v in (values[key] for key in keys))
+        name = hashlib.blake2b(b"".join(keys) + more, digest_size=16).hexdigest()
         self._folder.write(f"part-{name}.parquet", bytes(sink.getvalue()))
 
 
-class ResponseScorer:
-    """Computes the log-probs of responses and puts them into the store.
+class View(NamedTuple):
+    """What is asked of one model, and where it is kept."""
 
-    A plain class: tests call it directly, and Ray Data runs it as a pool of actors, each loading the model once.
-    """
+    model: ModelSource
+    store: ReferenceStore
+    per_token: bool = False
+    hidden: bool = False
+
+
+class ResponseScorer:
+    """Computes the log-probs of responses under one model."""
 
     def __init__(
-        self, model: ModelSource, precision: str, batch: BatchConfig, store: ReferenceStore, per_token: bool = False
+        self,
+        model: ModelSource,
+        precision: str,
+        batch: BatchConfig,
+        *,
+        per_token: bool = False,
+        hidden: bool = False,
+        loaded: Loaded | None = None,
     ) -> None:
-        self._per_token = per_token
+        """
+        Args:
+            loaded: The model, where it is in memory already.
+        """
+        self._per_token, self._hidden = per_token, hidden
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = PairModel(load_language_model(model, precision)).to(self._device).eval()
+        loaded = loaded or load_to_score([model], precision)[0]
+        self._model, self._as_itself = loaded.model.to(self._device), loaded.as_itself
         layout = usable_layout(lambda b: self._model(b.to(self._device)), self._model, batch.layout, precision)
-        self._batch, self._store = batch.model_copy(update={"layout": layout}), store
+        self._batch = batch.model_copy(update={"layout": layout})
 
     @torch.inference_mode()
     def score(self, items: Sequence[PromptBranches]) -> dict[bytes, ResponseValue]:
-        """Values of all responses behind some prompts, whatever the packing."""
+        """Values of all responses behind some prompts, whatever the packing.
+
+        Raises:
+            ValueError: One prompt with its responses is larger than `tokens_per_device`.
+        """
         lengths = [Lengths(len(item.prompt_ids), tuple(map(len, item.responses))) for item in items]
         plan = plan_step(
             lengths,
@@ -144,12 +203,24 @@ class ResponseScorer:
             layout=self._batch.layout,
         )
         values: dict[bytes, ResponseValue] = {}
-        for (micro_batch,) in plan:
-            result = self._model(make_batch(items, micro_batch.rows, self._batch.layout).to(self._device))
-            keys = (response_key(items[i].prompt_ids, r) for i in micro_batch.items for r in items[i].responses)
-            sums = zip(*(v.tolist() for v in result[:4]), self._by_response(result), strict=True)
-            values |= {key: ResponseValue(a, int(b), *rest) for key, (a, b, *rest) in zip(keys, sums, strict=True)}
+        with self._as_itself():
+            for (micro_batch,) in plan:
+                batch = make_batch(items, micro_batch.rows, self._batch.layout).to(self._device)
+                keys = (response_key(items[i].prompt_ids, r) for i in micro_batch.items for r in items[i].responses)
+                values |= dict(zip(keys, self._values(batch), strict=True))
         return values
+
+    def _values(self, batch: PairBatch) -> Iterator[ResponseValue]:
+        """Of each response of a batch."""
+        count = batch.num_responses
+        hidden: Any = [None] * count
+        if self._hidden:
+            result, states = self._model.with_hidden(batch)
+            hidden = narrowed(states).flatten(1).float().cpu().numpy()
+        else:
+            result = self._model(batch)
+        sums = zip(*(v.tolist() for v in result[:4]), self._by_response(result), hidden, strict=True)
+        return (ResponseValue(a, int(b), *rest) for a, b, *rest in sums)
 
     def _by_response(self, result: ResponseLogps) -> list[Any]:
         """The log-probs of each response's tokens, where they are asked for."""
@@ -158,16 +229,78 @@ class ResponseScorer:
         values, ends = result.token_logps.tolist(), result.num_tokens.cumsum(0).int().tolist()
         return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
+
+def narrowed(states: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., D] of at most `HIDDEN_WIDTH` numbers: wider ones times a fixed random matrix of signs, which
+    keeps inner products up to 1 / sqrt(width) (Achlioptas 2003, "Database-friendly random projections")."""
+    if states.shape[-1] <= HIDDEN_WIDTH:
+        return states
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (states.shape[-1], HIDDEN_WIDTH), generator=generator) * 2.0 - 1
+    return torch.matmul(states, signs.to(states) / HIDDEN_WIDTH**0.5)
+
+
+class ScoringActor:
+    """Scores blocks of prompts under one or several models, and puts the values into their stores.
+
+    A plain class: tests call it directly, and Ray Data runs it as a pool of actors, each loading the models once.
+    """
+
+    def __init__(self, views: Sequence[View], precision: str, batch: BatchConfig) -> None:
+        loaded = load_to_score([view.model for view in views], precision)
+        self._views = views
+        self._scorers = [
+            ResponseScorer(view.model, precision, batch, per_token=view.per_token, hidden=view.hidden, loaded=model)
+            for view, model in zip(views, loaded, strict=True)
+        ]
+
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Score a block of prompts, store the values, and return only how many there were."""
-        prompts, responses = block.column("prompt_ids").to_pylist(), block.column("responses").to_pylist()
+        """Score a block, store the values, and return only how many there were, and what could not be scored."""
         items = [
             PromptBranches(np.asarray(prompt, np.int32), tuple(np.asarray(r, np.int32) for r in behind))
-            for prompt, behind in zip(prompts, responses, strict=True)
+            for prompt, behind in zip(
+                block.column("prompt_ids").to_pylist(), block.column("responses").to_pylist(), strict=True
+            )
         ]
-        values = self.score(items)
-        self._store.write(values)
-        return pa.table({"computed": [len(values)]})
+        computed = 0
+        errors: dict[bytes, str] = {}
+        for number, (view, scorer) in enumerate(zip(self._views, self._scorers, strict=True)):
+            wanted = [i for i, needed in enumerate(block.column("views").to_pylist()) if number in needed]
+            values, wrong = _scored_with_errors(scorer, [items[i] for i in wanted])
+            if values:
+                view.store.write(values)
+            computed += len(values)
+            errors |= wrong
+        return pa.table(
+            {
+                "computed": [computed],
+                "keys": pa.array([list(errors)], pa.list_(pa.binary(16))),
+                "errors": pa.array([list(errors.values())], pa.list_(pa.string())),
+            }
+        )
+
+
+def _scored_with_errors(
+    scorer: ResponseScorer, items: Sequence[PromptBranches]
+) -> tuple[dict[bytes, ResponseValue], dict[bytes, str]]:
+    """Values, and why others have none. When a block fails as a whole, each prompt is tried alone."""
+    if not items:
+        return {}, {}
+    errors: dict[bytes, str] = {}
+    try:
+        values = scorer.score(items)
+    except (ValueError, RuntimeError) as error:  # over the token budget; out of memory
+        if len(items) == 1:
+            (item,) = items
+            return {}, {response_key(item.prompt_ids, r): " ".join(str(error).split())[:200] for r in item.responses}
+        torch.cuda.empty_cache()
+        values = {}
+        for item in items:
+            good, bad = _scored_with_errors(scorer, [item])
+            values, errors = values | good, errors | bad
+    for key in [key for key, value in values.items() if not math.isfinite(value.logps)]:
+        errors[key] = f"log-prob {values.pop(key).logps}"
+    return values, errors
 
 
 class Pass(NamedTuple):
@@ -192,43 +325,83 @@ def fill(
     Args:
         run: A resolved recipe; store, precision, batch and cluster are read.
         per_token: The log-probs of single tokens are needed too.
+
+    Raises:
+        RunFailed: A response has no finite log-prob.
     """
-    store = ReferenceStore(str(run.reference.store), weights_fingerprint(model), run.engine.precision)
-    missing, num_there = missing_responses(pairs, store, per_token=per_token)
-    if not missing:
-        return Pass(store, 0, num_there)
+    view = View(model, store_of(run, model), per_token)
+    (found,), errors = score_responses(_responses(pairs), [view], run, gpus_per_actor, on_progress)
+    if errors:
+        raise RunFailed(f"{len(errors)} responses have no reference log-prob; the first: {next(iter(errors.values()))}")
+    return found
 
-    blocks = _blocks(missing, run.cluster.num_workers)
-    import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    done = 0
-    scored = ray.data.from_arrow(blocks).map_batches(
-        ResponseScorer,
-        fn_constructor_args=(model, run.engine.precision, run.batch, store, per_token),
-        batch_format="pyarrow",
-        batch_size=None,  # a block is a call: one part of the store
-        compute=ray.data.ActorPoolStrategy(size=min(run.cluster.num_workers, len(blocks))),
-        num_cpus=run.cluster.cpus_per_worker / 2,  # Ray Data needs a part of the cluster for itself
-        num_gpus=gpus_per_actor,
-    )
-    for row in scored.iter_rows():
-        done += row["computed"]
-        on_progress(done, len(missing))
-    return Pass(store, done, num_there)
+def store_of(run: RunConfig, model: ModelSource) -> ReferenceStore:
+    """Where a resolved recipe keeps what a model says."""
+    return ReferenceStore(str(run.reference.store), weights_fingerprint(model), run.engine.precision)
+
+
+def score_responses(
+    responses: Iterable[tuple[Ids, Ids]],
+    views: Sequence[View],
+    run: RunConfig,
+    gpus_per_actor: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Pass], dict[bytes, str]]:
+    """Score responses (prompt, response) under several models in one pass over a pool of Ray Data actors.
+
+    Returns:
+        Of each view, how many values there were and came; and why a response has none, by its key.
+    """
+    wanted = {response_key(*item): item for item in responses}
+    missing: dict[bytes, list[int]] = {}
+    there = []
+    for number, view in enumerate(views):
+        known = view.store.keys(wanted, per_token=view.per_token, hidden=view.hidden)
+        there.append(len(known))
+        for key in wanted:
+            if key not in known:
+                missing.setdefault(key, []).append(number)
+    done, total = 0, sum(map(len, missing.values()))
+    errors: dict[bytes, str] = {}
+    if missing:
+        blocks = _blocks([(wanted[key], tuple(numbers)) for key, numbers in missing.items()], run)
+        import ray.data
+
+        ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        most = min(run.cluster.num_workers, len(blocks))
+        scored = ray.data.from_arrow(blocks).map_batches(
+            ScoringActor,
+            fn_constructor_args=(views, run.engine.precision, run.batch),
+            batch_format="pyarrow",
+            batch_size=None,  # a block is a call: one part of the store
+            # All are asked for at once; a busy cluster gives what it has, and the pass goes on with those.
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+            num_cpus=run.cluster.cpus_per_worker / 2,  # Ray Data needs a part of the cluster for itself
+            num_gpus=gpus_per_actor,
+        )
+        for row in scored.iter_rows():
+            done += row["computed"]
+            errors |= dict(zip(row["keys"], row["errors"], strict=True))
+            on_progress(done, total)
+    counts = [sum(number in numbers for numbers in missing.values()) for number in range(len(views))]
+    return [Pass(view.store, *found) for view, *found in zip(views, counts, there, strict=True)], errors
+
+
+def _responses(pairs: Iterable[TokenizedPair]) -> Iterator[tuple[Ids, Ids]]:
+    for pair in pairs:
+        yield pair.prompt_ids, pair.chosen_ids
+        yield pair.prompt_ids, pair.rejected_ids
 
 
 def missing_responses(
     pairs: Iterable[TokenizedPair], store: ReferenceStore, *, per_token: bool = False
-) -> tuple[list[tuple[Ids, Ids]], int]:
-    """Prompt and response of each that the store has not, and how many it has; each response once."""
-    wanted: dict[bytes, tuple[Ids, Ids]] = {}
-    for pair in pairs:
-        for response in (pair.chosen_ids, pair.rejected_ids):
-            wanted[response_key(pair.prompt_ids, response)] = (pair.prompt_ids, response)
-    there = store.read(wanted, per_token=per_token)
-    return [value for key, value in wanted.items() if key not in there], len(there)
+) -> list[tuple[Ids, Ids]]:
+    """Prompt and response of each that the store has not; each response once."""
+    wanted = {response_key(*item): item for item in _responses(pairs)}
+    there = store.keys(wanted, per_token=per_token)
+    return [item for key, item in wanted.items() if key not in there]
 
 
 def by_prompt(responses: Iterable[tuple[Ids, Ids]]) -> list[PromptBranches]:
@@ -239,21 +412,47 @@ def by_prompt(responses: Iterable[tuple[Ids, Ids]]) -> list[PromptBranches]:
     return [PromptBranches(prompt_ids, tuple(behind)) for prompt_ids, behind in found.values()]
 
 
-def _blocks(missing: Sequence[tuple[Ids, Ids]], num_actors: int) -> list[pa.Table]:
-    """Prompts with their missing responses, in blocks of about equal work; a prompt is computed once for all of its."""
-    items = sorted(by_prompt(missing), key=lambda item: len(item.prompt_ids) + sum(map(len, item.responses)))
-    num_blocks = min(len(items), max(num_actors, -(-len(items) // PROMPTS_PER_PART)))
+Wanted = tuple[tuple[Ids, Ids], tuple[int, ...]]
+"""A prompt with a response, and the numbers of the views that lack it."""
+
+
+def _blocks(missing: Sequence[Wanted], run: RunConfig) -> list[pa.Table]:
+    """Prompts with the responses that the same views lack, in blocks of about equal work. A prompt is computed once for
+    all of its responses that fit a device together."""
+    by_views: dict[tuple[int, ...], list[tuple[Ids, Ids]]] = {}
+    for item, numbers in missing:
+        by_views.setdefault(numbers, []).append(item)
+    items = [
+        (part, numbers)
+        for numbers, responses in by_views.items()
+        for whole in by_prompt(responses)
+        for part in _fitting(whole, run.batch.tokens_per_device)
+    ]
+    items.sort(key=lambda item: len(item[0].prompt_ids) + sum(map(len, item[0].responses)))
+    num_actors = run.cluster.num_workers
+    num_blocks = min(len(items), max(PARTS_PER_ACTOR * num_actors, -(-len(items) // PROMPTS_PER_PART)))
     return [
         pa.table(
             {
-                "prompt_ids": pa.array([prompt for prompt, _ in items[i::num_blocks]], pa.list_(pa.int32())),
-                "responses": pa.array(
-                    [responses for _, responses in items[i::num_blocks]], pa.list_(pa.list_(pa.int32()))
-                ),
+                "prompt_ids": pa.array([item.prompt_ids for item, _ in block], pa.list_(pa.int32())),
+                "responses": pa.array([item.responses for item, _ in block], pa.list_(pa.list_(pa.int32()))),
+                "views": pa.array([numbers for _, numbers in block], pa.list_(pa.int32())),
             }
         )
-        for i in range(num_blocks)
+        for block in (items[i::num_blocks] for i in range(num_blocks))
     ]
+
+
+def _fitting(item: PromptBranches, tokens_per_device: int) -> Iterator[PromptBranches]:
+    """The item in as few parts as fit a device; a single response that does not is a part too."""
+    part: list[Ids] = []
+    for response in item.responses:
+        lengths = Lengths(len(item.prompt_ids), tuple(map(len, [*part, response])))
+        if part and max(lengths.branched, lengths.padded * len(lengths.responses)) > tokens_per_device:
+            yield PromptBranches(item.prompt_ids, tuple(part))
+            part = []
+        part.append(response)
+    yield PromptBranches(item.prompt_ids, tuple(part))
 
 
 class ReferenceTable:

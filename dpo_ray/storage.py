@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,6 +122,10 @@ class Folder:
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a JSONL file; otherwise as `write`."""
+        self.write(name, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def append(self, name: str, line: str) -> None:
         """Add a line; one that a crash has cut short is taken away first.

@@ -8,8 +8,8 @@ Tune's own state is not used for that: it is a pickle, and bound to one cluster.
 import dataclasses
 import logging
 import os
-import random
 import queue
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,7 +116,7 @@ def sweep(
         RunFailed: Every trial failed.
     """
     display, interrupt = display or SilentStudy(), interrupt or Interrupt()
-    run = _tracked(resolve(run))
+    run = tracked(resolve(run))
     folder = Folder(f"{run.storage.path}/{name or f'{run.name}-{space.name}'}")
     folder.check_writable()
     planned = plan(space, how)
@@ -597,7 +597,7 @@ def _run_trials(
     """All trials through Tune; what is finished already goes by in a moment."""
     total = len(planned) if planned is not None else how.trials
     if planned is not None and how.scheduler == "asha":
-        # The first trials at a rung always pass it: in the grid's order, where the best may come last, nearly all would.
+        # The first at a rung always pass it: in the grid's order, where the best may come last, nearly all would.
         planned = random.Random(how.random_seed).sample(planned, len(planned))
     if planned is not None and all(study.record(trial)["status"] in FINISHED for trial in planned):
         return
@@ -720,7 +720,7 @@ def _register(study: StudyFile, best: Mapping[str, Any], tracker: Any) -> None:
     tracker.register(f"{folder.path}/model", str(study.run.tracking.register_as))
 
 
-def _tracked(run: RunConfig) -> RunConfig:
+def tracked(run: RunConfig) -> RunConfig:
     """The recipe with its tracking store named: trials lie in another folder, but belong to the study's store."""
     if run.tracking.kind == "none":
         return run

@@ -100,6 +100,26 @@ class PairEncoder:
             part.pairs.append(TokenizedPair(pair.pair_id, prompt_ids, chosen_ids, rejected_ids, weight, margin))
         return part
 
+    def prompt_ids(self, pair: PreferencePair) -> Ids:
+        """Ids of a pair's prompt alone, as they stand before its responses."""
+        text = self._render(pair)
+        return np.asarray(self._prompt_ids([text.prompt], [text.is_templated])[0], np.int32)
+
+    def response_text(self, prompt_ids: Ids, response_ids: Ids, *, is_plain: bool) -> str:
+        """The text of a response that a model wrote behind a prompt, without its end token.
+
+        Plain text keeps the blank that it begins with, which some tokenizers only give back behind other text; an
+        assistant turn has none.
+        """
+        ids = [int(token) for token in response_ids]
+        while ids and ids[-1] in self._end_ids:
+            ids.pop()
+        if not is_plain:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        before = self._tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=True)
+        whole = self._tokenizer.decode([*prompt_ids.tolist(), *ids], skip_special_tokens=True)
+        return str(whole[len(before) :])
+
     def _render(self, pair: PreferencePair) -> "_Rendered":
         """The three texts of a pair: plain, or written by the chat template."""
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected

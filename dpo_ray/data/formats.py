@@ -4,21 +4,34 @@ A row is recognised by its columns (`recognise`) and gives its pairs, and the nu
 preference (`to_pairs`). A row that holds no pair is a `RowError` with a short reason.
 """
 
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from dpo_ray.config import Format, SourceConfig
+from dpo_ray.data.columns import (
+    CONVERSATIONS,
+    LISTS,
+    PROMPTS,
+    SCORES,
+    first_of,
+    list_of,
+    need,
+    number_of,
+    object_of,
+    optional_number,
+    prompt_of,
+    response_of,
+    tools_of,
+)
 from dpo_ray.data.sources import Row
 from dpo_ray.data.turns import (
     TURN,
     Judged,
     RowError,
     Turns,
-    from_json,
     from_transcript,
     judge_responses,
     judge_texts,
@@ -27,17 +40,12 @@ from dpo_ray.data.turns import (
     to_turns,
     transcript,
 )
-from dpo_ray.pairs import PreferencePair
+from dpo_ray.pairs import PreferencePair, Text
 
-__all__ = ["Parsed", "RowError", "recognise", "to_pairs", "transcript"]
+__all__ = ["Parsed", "RowError", "recognise", "to_pairs", "to_row", "transcript"]
 
 Value = dict[str, Any]
 
-CONVERSATIONS = ("conversations", "messages")
-PROMPTS = ("prompt", *CONVERSATIONS, "instruction", "question", "query", "input", "context", "document", "post")
-LISTS = ("responses", "candidates", "completions", "answers", "outputs", "generations")
-RESPONSES = ("response", "text", "content", "summary", "answer", "completion", "output")
-SCORES = ("score", "overall_score", "judge_score", "rating", "reward", "human_recall")
 PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -69,10 +77,10 @@ def to_pairs(row: Row, source: SourceConfig) -> Parsed:
     if row.value is None:
         raise RowError(row.error or "an empty row")
     parse = PARSERS[recognise(row.value) if source.format == "auto" else source.format]
-    group = None if source.group_by is None else str(_need(row.value, source.group_by))
-    tools = _tools(row.value.get("tools"))
-    judged = list(parse(row.value, source))
-    weight, margin = (_optional_number(row.value.get(name)) for name in ("weight", "margin"))
+    group = None if source.group_by is None else str(need(row.value, source.group_by))
+    tools = tools_of(row.value.get("tools"))
+    found = list(parse(row.value, source))
+    weight, margin = (optional_number(row.value.get(name)) for name in ("weight", "margin"))
     pairs = [
         PreferencePair(
             **j._asdict(),
@@ -83,14 +91,14 @@ def to_pairs(row: Row, source: SourceConfig) -> Parsed:
             source=row.source,
             row=row.number,
         )
-        for j in judged
+        for j in found
         if j
     ]
     try:
         _ = [(pair.pair_id, pair.group_id) for pair in pairs]
     except (UnicodeEncodeError, TypeError) as error:  # half a surrogate pair; bytes in a tool call
         raise RowError(f"cannot be written as UTF-8 JSON: {error}") from None
-    return Parsed(pairs, len(judged) - len(pairs))
+    return Parsed(pairs, len(found) - len(pairs))
 
 
 def recognise(value: Value) -> Format:
@@ -132,11 +140,11 @@ Comparisons = Iterator[Judged | None]
 
 
 def _explicit(value: Value, source: SourceConfig) -> Comparisons:
-    yield _scored(_judged(_prompt(value), _need(value, "chosen"), _need(value, "rejected"), value), value, source)
+    yield _scored(judged(prompt_of(value), need(value, "chosen"), need(value, "rejected"), value), value, source)
 
 
 def _implicit(value: Value, source: SourceConfig) -> Comparisons:
-    chosen, rejected = _need(value, "chosen"), _need(value, "rejected")
+    chosen, rejected = need(value, "chosen"), need(value, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         yield _scored(judge_texts(chosen, rejected), value, source)
     else:
@@ -145,7 +153,7 @@ def _implicit(value: Value, source: SourceConfig) -> Comparisons:
 
 def _hh_rlhf(value: Value, source: SourceConfig) -> Comparisons:
     """Two transcripts. A few differ before the last `Assistant:`; what follows the shared turns is the response."""
-    chosen, rejected = str(_need(value, "chosen")), str(_need(value, "rejected"))
+    chosen, rejected = str(need(value, "chosen")), str(need(value, "rejected"))
     yield _scored(_judged_transcripts(chosen, rejected), value, source)
 
 
@@ -154,21 +162,25 @@ def _ranked(value: Value, source: SourceConfig) -> Comparisons:
 
     Objects without the score that others have take no part.
     """
-    items = _list(_first(value, LISTS, "responses"), "responses")
+    items = list_of(first_of(value, LISTS, "responses"), "responses")
     objects = [item for item in items if isinstance(item, dict)]
     key = next((k for k in (*SCORES, "rank") if any(item.get(k) is not None for item in objects)), None)
     scores = value.get("scores")
     if isinstance(scores, list):
         if len(scores) != len(items):
             raise RowError(f"{len(items)} responses, but {len(scores)} scores")
-        ranked = [Ranked(_response(item), score=score) for item, score in zip(items, map(_number, scores), strict=True)]
+        ranked = [
+            Ranked(response_of(item), score=score) for item, score in zip(items, map(number_of, scores), strict=True)
+        ]
     elif key == "rank":
-        ranked = [Ranked(_response(item), -_number(item[key])) for item in objects if item.get(key) is not None]
+        ranked = [Ranked(response_of(item), -number_of(item[key])) for item in objects if item.get(key) is not None]
     elif key:
-        ranked = [Ranked(_response(item), score=_number(item[key])) for item in objects if item.get(key) is not None]
+        ranked = [
+            Ranked(response_of(item), score=number_of(item[key])) for item in objects if item.get(key) is not None
+        ]
     else:
-        ranked = [Ranked(_response(item), -place) for place, item in enumerate(items)]
-    yield from _ranking(_prompt(value), ranked, value, source)
+        ranked = [Ranked(response_of(item), -place) for place, item in enumerate(items)]
+    yield from _ranking(prompt_of(value), ranked, value, source)
 
 
 class Ranked(NamedTuple):
@@ -185,11 +197,11 @@ def _ranking(prompt: Any, ranked: list[Ranked], value: Value, source: SourceConf
     pairs = list(combinations(best_first, 2))
     picked = {"best_vs_rest": pairs[: len(ranked) - 1], "best_vs_worst": pairs[len(ranked) - 2 : len(ranked) - 1]}
     for high, low in picked.get(source.pairing, pairs):
-        judged = _judged(prompt, high.response, low.response, value)
+        pair = judged(prompt, high.response, low.response, value)
         if high.score is not None and low.score is not None:
-            yield _by_margin(judged, high.score, low.score, source)
+            yield _by_margin(pair, high.score, low.score, source)
         else:
-            yield judged if high.order > low.order else None
+            yield pair if high.order > low.order else None
 
 
 def _labelled(value: Value, source: SourceConfig) -> Comparisons:
@@ -202,14 +214,14 @@ def _labelled(value: Value, source: SourceConfig) -> Comparisons:
         raise RowError("no two responses")
     votes = [item for key, item in value.items() if re.fullmatch(r"annotator_?\d+", key) and item is not None]
     if not votes:
-        votes = [_first(value, LABELS, "label")]
+        votes = [first_of(value, LABELS, "label")]
     (winner, most), *others = Counter(_winner(vote, names) for vote in votes).most_common()
     if winner is None or any(count == most for _, count in others):
         yield None
     else:
         first, second = (str(r) if isinstance(r, bool | int | float) else r for r in (value[name] for name in names))
         chosen, rejected = (first, second) if winner == 0 else (second, first)
-        yield _judged(_prompt(value), chosen, rejected, value)
+        yield judged(prompt_of(value), chosen, rejected, value)
 
 
 def _winner(label: Any, names: tuple[str, str]) -> int | None:
@@ -226,36 +238,36 @@ def _winner(label: Any, names: tuple[str, str]) -> int | None:
 
 def _comparisons(value: Value, source: SourceConfig) -> Comparisons:
     """QA-Feedback: labels 1, 2 or 0 over all pairs of predictions; the prompt is the passages, then the question."""
-    pairs = list(combinations(_list(_need(value, "predictions"), "predictions"), 2))
-    labels = _list(_need(value, "preference"), "preference")
+    pairs = list(combinations(list_of(need(value, "predictions"), "predictions"), 2))
+    labels = list_of(need(value, "preference"), "preference")
     if len(labels) != len(pairs):
         raise RowError(f"{len(pairs)} comparisons, but {len(labels)} labels")
-    prompt = _prompt(value)
+    prompt = prompt_of(value)
     if isinstance(value.get("passages"), list):  # some questions have none
-        passages = [list(map(str, _list(item, "a passage"))) for item in value["passages"]]
+        passages = [list(map(str, list_of(item, "a passage"))) for item in value["passages"]]
         texts = [title + ": " + " ".join(sentences).removeprefix(title + "\n\n") for title, *sentences in passages]
         prompt = "\n\n".join([*texts, f"Question: {prompt}\nAnswer:"])
     for pair, label in zip(pairs, labels, strict=True):
         winner = _winner(label, ("1", "2"))
-        yield None if winner is None else _judged(prompt, pair[winner], pair[1 - winner], value)
+        yield None if winner is None else judged(prompt, pair[winner], pair[1 - winner], value)
 
 
 def _stack_exchange(value: Value, source: SourceConfig) -> Comparisons:
-    yield _judged(_prompt(value), _need(value, "response_j"), _need(value, "response_k"), value)
+    yield judged(prompt_of(value), need(value, "response_j"), need(value, "response_k"), value)
 
 
 def _message_tree(value: Value, source: SourceConfig) -> Comparisons:
     """Open-Assistant: wherever replies of the assistant are ranked, they rank under the conversation so far."""
-    waiting: list[tuple[Turns, Value]] = [((), _object(_need(value, "prompt")))]
+    waiting: list[tuple[Turns, Value]] = [((), object_of(need(value, "prompt")))]
     has_ranks = False
     while waiting:
         before, node = waiting.pop()
         path = [*before, to_turn(node)]
-        replies = [_object(reply) for reply in _list(node["replies"], "replies")] if node.get("replies") else []
+        replies = [object_of(reply) for reply in list_of(node["replies"], "replies")] if node.get("replies") else []
         replies = [reply for reply in replies if not reply.get("deleted")]
         waiting += [(tuple(path), reply) for reply in replies]
         turns = [(to_turn(reply), reply["rank"]) for reply in replies if reply.get("rank") is not None]
-        ranked = [Ranked(turn, -_number(rank)) for turn, rank in turns if turn["role"] == "assistant"]
+        ranked = [Ranked(turn, -number_of(rank)) for turn, rank in turns if turn["role"] == "assistant"]
         if len(ranked) > 1:
             has_ranks = True
             yield from _ranking(path, ranked, value, source)
@@ -265,8 +277,8 @@ def _message_tree(value: Value, source: SourceConfig) -> Comparisons:
 
 def _question_answers(value: Value, source: SourceConfig) -> Comparisons:
     """TruthfulQA: the best answer against each incorrect one."""
-    for incorrect in _list(_need(value, "incorrect_answers"), "incorrect_answers"):
-        yield _judged(_prompt(value), _need(value, "best_answer"), incorrect, value)
+    for incorrect in list_of(need(value, "incorrect_answers"), "incorrect_answers"):
+        yield judged(prompt_of(value), need(value, "best_answer"), incorrect, value)
 
 
 def _graded(value: Value, source: SourceConfig) -> Comparisons:
@@ -275,15 +287,15 @@ def _graded(value: Value, source: SourceConfig) -> Comparisons:
     solutions = [item for item in value.values() if isinstance(item, dict) and "is_correct" in item]
     if not solutions:
         raise RowError("no solution with `is_correct`")
-    right = [_need(item, "solution") for item in solutions if item["is_correct"]]
-    wrong = [_need(item, "solution") for item in solutions if not item["is_correct"]]
+    right = [need(item, "solution") for item in solutions if item["is_correct"]]
+    wrong = [need(item, "solution") for item in solutions if not item["is_correct"]]
     if not right and value.get("ground_truth") is not None:
         right, wrong = [value["ground_truth"]], wrong[-1:]
     if not (right and wrong):
         yield None
     for chosen in right:
         for rejected in wrong:
-            yield _judged(_prompt(value), chosen, rejected, value)
+            yield judged(prompt_of(value), chosen, rejected, value)
 
 
 PARSERS: dict[str, Callable[[Value, SourceConfig], Comparisons]] = {
@@ -301,7 +313,7 @@ PARSERS: dict[str, Callable[[Value, SourceConfig], Comparisons]] = {
 }
 
 
-def _judged(prompt: Any, chosen: Any, rejected: Any, value: Value) -> Judged:
+def judged(prompt: Any, chosen: Any, rejected: Any, value: Value) -> Judged:
     """All strings stay plain text; a transcript, a conversation or a `system` column makes turns.
 
     Responses that do not begin with an assistant turn are whole conversations: the prompt is what they share, whatever
@@ -338,7 +350,7 @@ def _judged_transcripts(chosen: str, rejected: str) -> Judged:
 def _scored(judged: Judged, value: Value, source: SourceConfig) -> Judged | None:
     for high, low in PAIR_SCORES:
         if value.get(high) is not None and value.get(low) is not None:
-            scores = _number(value[high]), _number(value[low])
+            scores = number_of(value[high]), number_of(value[low])
             if scores[0] < scores[1]:
                 raise RowError(f"`{high}` {scores[0]:g} is below `{low}` {scores[1]:g}")
             return _by_margin(judged, *scores, source)
@@ -357,61 +369,21 @@ def _score_gap(judged: Judged) -> float | None:
     return judged.chosen_score - judged.rejected_score
 
 
-def _optional_number(value: Any) -> float | None:
-    """The number, if it is a finite one that is not negative; other columns of the name are not ours."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) and value >= 0 else None
+def to_row(pair: PreferencePair) -> Value:
+    """A row of which `to_pairs` makes this pair again, whatever it was read from."""
+    row: Value
+    if isinstance(pair.prompt, str):
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    elif pair.is_transcript:
+        opening = transcript(pair.prompt) + "\n\nAssistant:"
+        ends = [transcript((*pair.prompt, *_turns(side))) for side in (pair.chosen, pair.rejected)]
+        row = {"prompt": opening, "chosen": ends[0][len(opening) + 1 :], "rejected": ends[1][len(opening) + 1 :]}
+    else:
+        row = {"prompt": list(pair.prompt), "chosen": list(pair.chosen), "rejected": list(pair.rejected)}
+    rest = {"tools": pair.tools and list(pair.tools), "weight": pair.weight, "margin": pair.margin}
+    return row | {name: value for name, value in rest.items() if value is not None}
 
 
-def _prompt(value: Value) -> Any:
-    """The prompt by its usual names, or None; an `instruction` and its `input` stand one below the other."""
-    key = next((key for key in PROMPTS if value.get(key) is not None), None)
-    if key == "instruction" and value.get("input"):
-        return f"{value['instruction']}\n{value['input']}"
-    return None if key is None else value[key]
-
-
-def _response(item: Any) -> Any:
-    return _first(item, RESPONSES, "response") if isinstance(item, dict) and "role" not in item else item
-
-
-def _tools(value: Any) -> tuple[Value, ...] | None:
-    tools = from_json(value, "tools") if isinstance(value, str) and value.strip() else value
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("`tools` is not a list of objects")
-    return tuple(tools)
-
-
-def _first(value: Value, keys: Sequence[str], name: str) -> Any:
-    for key in keys:
-        if value.get(key) is not None:
-            return value[key]
-    raise RowError(f"no `{name}`")
-
-
-def _need(value: Value, key: str) -> Any:
-    return _first(value, (key,), key)
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"`{name}` is no list, or an empty one")
-    return value
-
-
-def _object(value: Any) -> Value:
-    if not isinstance(value, dict):
-        raise RowError(f"a message is {type(value).__name__}, not an object")
-    return value
-
-
-def _number(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError(f"{value!r} is not a score or rank")
-    return number
+def _turns(side: Text) -> Turns:
+    assert not isinstance(side, str)
+    return side

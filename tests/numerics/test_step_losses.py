@@ -82,7 +82,7 @@ def worker(rank: int, world_size: int, folder: Path, model: Path) -> None:
     init_process_group("gloo", init_method=f"file://{folder}/group-{world_size}", rank=rank, world_size=world_size)
     store = ReferenceStore(str(folder / f"store-{world_size}-{rank}"), "f", "fp32")
     run = recipe(model, LOSSES["offset"], 4096)
-    scorer = ResponseScorer(ModelSource(str(folder / "reference")), "fp32", run.batch, store, per_token=True)
+    scorer = ResponseScorer(ModelSource(str(folder / "reference")), "fp32", run.batch, per_token=True)
     store.write(scorer.score([pair.branches for pair in pairs()]))
     found: dict[str, list[float]] = {}
     for name, loss in LOSSES.items():

@@ -15,16 +15,20 @@ LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": [
         *("losses", "logps", "metrics", "stopping", "space", "comparisons", "curve_families", "curves", "trends"),
-        *("acquisition.scores", "acquisition.choose"),
+        *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
     ],
     "material": [
         *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
         *("checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare"),
-        *("page", "report", "study", "study_findings", "study_panels", "study_report"),
+        *("page", "report", "study", "study_findings", "study_panels", "study_report", "acquire_report"),
+        *("acquisition.pool", "acquisition.answers"),
     ],
     "machinery": ["engine", "engine_state", "reference", "generate"],
-    "procedure": ["train", "uploads", "evaluate", "acquisition.oracles", "acquisition.rounds"],
-    "launch": ["launch", "supervise", "sweep", "submit"],
+    "procedure": [
+        *("train", "uploads", "evaluate", "acquisition.samples", "acquisition.features", "acquisition.oracles"),
+        *("acquisition.judge", "acquisition.chat", "acquisition.label_queue"),
+    ],
+    "launch": ["launch", "supervise", "sweep", "acquisition.rounds", "acquire", "score", "submit"],
     "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}

@@ -1,0 +1,686 @@
+"""Responses that a model writes to prompts, in batches on a pool of Ray Data actors, so that a rerun writes the same.
+
+All randomness of a response is a function of its own seed, which is a hash of its prompt and its number: what else is
+in a batch, the order, the blocks and the number of actors play no part. What remains is rounding, as other batches sum
+in another order: a token whose lead is of that size may turn out differently, one in millions in fp32 and more in bf16.
+
+Log-probs are those of the model itself, at temperature 1 and with nothing cut off, whatever a response was sampled at.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpo_ray.errors import InputError
+from dpo_ray.models import (
+    DTYPES,
+    ModelSource,
+    end_token_ids,
+    load_language_model,
+    load_tokenizer,
+    local_folder,
+    read_config,
+)
+from dpo_ray.pairs import Ids
+
+Engine = Literal["auto", "transformers", "vllm"]
+
+REQUESTS_PER_BLOCK = 512
+"""Responses of one call of an actor, about: what is lost when an actor dies, and the step of the progress."""
+
+CACHE_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Prompt and response tokens of all requests at work together, at most. Without flash attention each new token is
+compared with all of them, so more is slower."""
+
+BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+"""Tokens of one forward pass, at most."""
+
+PAGE_TOKENS = {"cpu": 32, "cuda": 256}
+"""Tokens of a page of the cache. Flash attention reads pages of 256."""
+
+SPARE_PAGES = 16
+"""Models that mix kinds of attention hand out their cache in lots of several pages."""
+
+
+class Sampling(NamedTuple):
+    """How the tokens of a response are drawn."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+
+    top_p: float = 1.0
+    """Tokens are drawn from the smallest set that has this probability, at the temperature."""
+
+
+class Generated(NamedTuple):
+    """A response that a model wrote."""
+
+    ids: Ids
+    """With the end token, if it came to one."""
+
+    logps: float
+    """Summed log p(ids | prompt) under the model itself, nats; minus its mean over samples at temperature 1 estimates
+    the entropy."""
+
+    is_finished: bool
+    """It ended by an end token, not by its length."""
+
+
+class Responses(NamedTuple):
+    """What came of one prompt: all its responses, in the order of their numbers, or the reason why there are none."""
+
+    responses: list[Generated]
+    error: str | None = None
+
+
+class Request(NamedTuple):
+    """One response that is wanted."""
+
+    prompt_ids: Ids
+    seed: int
+    sampling: Sampling
+
+
+def request_seed(seed: int, prompt_ids: Ids, index: int) -> int:
+    """Seed of a prompt's response number `index`, in [0, 2^63): a hash, so the same on every machine."""
+    digest = hashlib.blake2b(f"{seed} {index}\n".encode(), digest_size=8)
+    digest.update(np.ascontiguousarray(prompt_ids, "<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+# The draw. SplitMix64 is the generator of Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"
+# (OOPSLA), with the finalizer that they took from Stafford: number n of the stream of a state is a hash of state + n *
+# step. A request's seed is one state; its n-th number is the state of position n, whose stream has the vocabulary's.
+
+_STEP = 0x9E3779B97F4A7C15
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
+"""Shifts and factors of the finalizer."""
+
+
+def position_key(seed: int, position: int) -> int:
+    """State of the noise at one position of a request, 64 bits: number `position` of its seed's SplitMix64 stream."""
+    state = (seed + position * _STEP) % 2**64
+    for shift, factor in _MIX:
+        state = (state ^ (state >> shift)) * factor % 2**64
+    return state
+
+
+def gumbel_noise(keys: Tensor, size: int) -> Tensor:
+    """Standard Gumbel noise that is a function of (key, token) alone, finite throughout.
+
+    Each 64-bit number of the SplitMix64 stream of a key serves two tokens.
+
+    Args:
+        keys: [B] int64, see `position_key`.
+        size: V, size of the vocabulary.
+
+    Returns:
+        [B, V] float32, between -2.9 and 22.2.
+    """
+    counts = torch.arange((size + 1) // 2, device=keys.device).mul_(_signed(_STEP))
+    state = keys[:, None] + counts
+    shifted = torch.empty_like(state)
+    for shift, factor in _MIX:
+        torch.bitwise_right_shift(state, shift, out=shifted)
+        state ^= shifted.bitwise_and_(2 ** (64 - shift) - 1)  # the shift of signed numbers repeats the sign
+        state *= _signed(factor)
+    bits = state.view(torch.int32)[:, :size] & 0x7FFFFFFF
+    # The large values are those of a small u, which float32 keeps apart; at the other end, u = 1 is out of reach.
+    u = bits.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+def draw(logits: Tensor, keys: Tensor, temperature: Tensor, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Draw a token of each row by the Gumbel-max trick: argmax(logits / T + G) is a sample of softmax(logits / T).
+
+    Gumbel 1954; see Maddison, Tarlow and Minka 2014 (arXiv:1411.0030), section 2. Scaled by T, it takes T = 0.
+
+    Args:
+        logits: [B, V] float32, of the model itself.
+        keys: [B] int64, see `position_key`.
+        temperature: [B] float32, at least 0.
+        top_p: [B] float32 in (0, 1]; None is 1 everywhere, and spares a sort.
+
+    Returns:
+        Tokens [B] int64, and their log-probs under softmax(logits) [B] float32.
+    """
+    allowed = logits if top_p is None else nucleus(logits, temperature, top_p)
+    tokens = (allowed + temperature[:, None] * gumbel_noise(keys, logits.shape[-1])).argmax(-1)
+    return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
+    """Logits [B, V], -inf outside of the smallest set of tokens that has the probability `top_p` at the temperature
+    (Holtzman et al. 2020, arXiv:1904.09751). Of equally probable tokens the smaller id counts first."""
+    probs = (logits / temperature[:, None].clamp_min(1e-4)).softmax(-1)
+    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+    before = ranked.double().cumsum(-1) - ranked
+    is_out = (before >= top_p[:, None]) & (top_p[:, None] < 1)
+    return logits.masked_fill(is_out.scatter(-1, order, is_out), -math.inf)
+
+
+class RequestSampler:
+    """Draws the next tokens of a batch of continuous batching, each by its request's own seed.
+
+    Continuous batching knows processors with arguments per request, but it samples from one global generator, and the
+    log-probs it reports are those of the processed logits. So this stands in two of its places: of its list of
+    processors, where it passes on the arguments that travel with a batch, and of the sampling step.
+    """
+
+    tensors_required = 4  # rows: two halves of the key, temperature, top_p
+    do_processing = True
+
+    def __init__(self) -> None:
+        self._arguments: Tensor | None = None
+        self._has_top_p = False
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """Any request of ours is right."""
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        """For rows that no request has; what is drawn there is dropped."""
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_in_batch: Sequence[Any], arg_storage: Tensor) -> Tensor:
+        """Write the arguments of a batch, as bits, into its storage [4, most requests] int32."""
+        states = [request.state for request in requests_in_batch if request.has_new_token]
+        wanted: list[Request] = [state.logit_processor_kwargs["request"] for state in states]
+        # The position in the whole text, which also holds when a request was put off and begun anew.
+        keys = [position_key(w.seed, state.position_offset) for w, state in zip(wanted, states, strict=True)]
+        rows: NDArray[np.int32] = np.empty((4, len(states)), np.int32)
+        rows[:2] = np.array(keys, np.uint64).view(np.int32).reshape(-1, 2).T
+        rows[2] = np.array([w.sampling.temperature for w in wanted], np.float32).view(np.int32)
+        rows[3] = np.array([w.sampling.top_p for w in wanted], np.float32).view(np.int32)
+        arg_storage[:, : len(states)] = torch.from_numpy(rows).to(arg_storage.device)
+        self._has_top_p = any(w.sampling.top_p < 1 for w in wanted)
+        return arg_storage
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        """The logits as they are."""
+        self._arguments = logits_processor_args
+        return scores
+
+    def sample(self, scores: Tensor, output_ids: Tensor) -> None:
+        """Draw from logits [1, B, V]; tokens and the bits of their log-probs go into the first columns of `output_ids`,
+        [2, most tokens] int32."""
+        assert self._arguments is not None
+        logits = scores[0]
+        arguments = self._arguments[:, : len(logits)]
+        keys = arguments[:2].T.contiguous().view(torch.int64).squeeze(-1)
+        temperature, top_p = arguments[2:].view(torch.float32)
+        tokens, logps = draw(logits, keys, temperature, top_p if self._has_top_p else None)
+        output_ids[0, : len(tokens)] = tokens
+        output_ids[1, : len(tokens)] = logps.view(torch.int32)
+
+
+class ContinuousBatching:
+    """transformers' continuous batching of one model: requests come and go, each with its own seed and sampling.
+
+    A context: the loop runs in a thread, which ends with the context. Requests that are submitted before `start` are
+    taken up in their order, whatever the speed of the machine.
+
+    Args:
+        model: A causal language model, on its device. Its attention may be exchanged for a faster one.
+        longest: Most tokens of a request, prompt and response.
+        concurrency: Most requests at work together.
+    """
+
+    def __init__(self, model: Any, end_tokens: frozenset[int], *, longest: int, concurrency: int) -> None:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        kind = model.device.type
+        self._end_tokens, self._open, self._is_started = end_tokens, set[str](), False
+        self._manager: Any = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE_TOKENS[kind],
+                num_blocks=concurrency * -(-longest // PAGE_TOKENS[kind]) + SPARE_PAGES,
+                max_batch_tokens=BATCH_TOKENS[kind],
+                max_requests_per_batch=concurrency,
+                return_logprobs=True,
+                safety_margin=0.0,  # there is room for all that are at work
+                auto_switch_to_flash=kind == "cuda" and model.dtype != torch.float32,
+                # A captured graph would keep the sampler's choices of the first batch.
+                use_cuda_graph=False,
+                use_async_batching=False,
+            ),
+        )
+        sampler = RequestSampler()
+        self._manager.logit_processor = sampler
+        self._manager.warmup()  # makes the cache and the runner
+        self._manager.batch_processor.model_runner._sample = sampler.sample
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._is_started:
+            self._manager.stop(hard_stop=True)
+
+    def submit(self, name: str, request: Request) -> None:
+        """Queue a request under a name that no other has."""
+        self._open.add(name)
+        self._manager.add_request(
+            request.prompt_ids.tolist(),
+            request_id=name,
+            max_new_tokens=request.sampling.max_tokens,
+            eos_token_id=sorted(self._end_tokens),
+            request=request,
+        )
+
+    def start(self) -> None:
+        """Begin, with what was submitted so far."""
+        self._is_started = True
+        self._manager.start()
+
+    def results(self) -> Iterator[tuple[str, Generated | str]]:
+        """What comes of each request, by its name and in the order of their ends; a text is the reason of a failure.
+        It ends when no request is open."""
+        while self._open:
+            was_running = self._manager.is_running()
+            output = self._manager.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                self._open.discard(output.request_id)
+                yield (
+                    output.request_id,
+                    _generated(output.generated_tokens, output.logprobs, self._end_tokens)
+                    if output.error is None
+                    else _one_line(output.error),
+                )
+            elif output is None and not was_running:
+                yield from ((name, "generation stopped before its turn") for name in sorted(self._open))
+                self._open.clear()
+
+
+class GenerationEngine(Protocol):
+    """What writes responses: a loaded model."""
+
+    def run(self, requests: Sequence[Request]) -> list[Generated | str]:
+        """The response to each request, in their order; a text is the reason why there is none."""
+
+
+class TransformersEngine:
+    """A model in transformers, on the GPU if there is one: continuous batching, or what `generate` does where an
+    architecture needs it."""
+
+    def __init__(self, model: ModelSource, precision: str, end_tokens: frozenset[int]) -> None:
+        from transformers import GenerationConfig
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = load_language_model(model, precision).to(device).eval()
+        self._model.generation_config = GenerationConfig()  # penalties that a model comes with are not its distribution
+        self._end_tokens = end_tokens
+        self._run = self._continuously if continuous_batching_fits(self._model) else self._by_length
+
+    def run(self, requests: Sequence[Request]) -> list[Generated | str]:
+        """See `GenerationEngine`. When the engine breaks down, those that it left are tried again one at a time."""
+        if not requests:
+            return []
+        longest = max(len(request.prompt_ids) + request.sampling.max_tokens for request in requests)
+        kind = self._model.device.type
+        at_once = max(1, min(len(requests), CACHE_TOKENS[kind] // longest, BATCH_TOKENS[kind]))
+        results = self._run(requests, longest, at_once)
+        failed = [i for i, result in enumerate(results) if isinstance(result, str)]
+        if failed and at_once > 1:
+            again = self._run([requests[i] for i in failed], longest, 1)
+            for i, result in zip(failed, again, strict=True):
+                results[i] = result
+        return results
+
+    def _continuously(self, requests: Sequence[Request], longest: int, at_once: int) -> list[Generated | str]:
+        return run_continuously(self._model, self._end_tokens, requests, longest, at_once)
+
+    def _by_length(self, requests: Sequence[Request], longest: int, at_once: int) -> list[Generated | str]:
+        """Batches of one prompt length, so that nothing is padded: some architectures have no mask for it."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault((len(request.prompt_ids), request.sampling.max_tokens), []).append(i)
+        results: dict[int, Generated | str] = {}
+        for numbers in alike.values():
+            for start in range(0, len(numbers), at_once):
+                part = numbers[start : start + at_once]
+                results |= zip(part, self._batch([requests[i] for i in part]), strict=True)
+        return [results[i] for i in range(len(requests))]
+
+    def _batch(self, requests: Sequence[Request]) -> Sequence[Generated | str]:
+        from transformers import LogitsProcessorList
+
+        prompts = torch.from_numpy(np.stack([request.prompt_ids for request in requests])).long()
+        prompts = prompts.to(self._model.device)
+        draws = _Draws(requests, prompts.device)
+        try:
+            whole = self._model.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=False,
+                logits_processor=LogitsProcessorList([draws]),
+                max_new_tokens=requests[0].sampling.max_tokens,
+                eos_token_id=sorted(self._end_tokens) or None,
+                pad_token_id=0,
+            )
+        except RuntimeError as error:  # out of memory
+            return [_one_line(error)] * len(requests)
+        rows = whole[:, prompts.shape[1] :].tolist()
+        return [_generated(*row, self._end_tokens) for row in zip(rows, draws.logps(), strict=True)]
+
+
+class _Draws:
+    """The draws of a batch in `generate`: its greedy choice is told which token to take."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+        self._seeds, samplings = [r.seed for r in requests], [r.sampling for r in requests]
+        self._temperature = torch.tensor([s.temperature for s in samplings], device=device)
+        self._top_p = torch.tensor([s.top_p for s in samplings], device=device)
+        self._has_top_p = any(s.top_p < 1 for s in samplings)
+        self._logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        keys = [_signed(position_key(seed, input_ids.shape[1])) for seed in self._seeds]
+        top_p = self._top_p if self._has_top_p else None
+        tokens, logps = draw(scores.float(), torch.tensor(keys, device=scores.device), self._temperature, top_p)
+        self._logps.append(logps)
+        return torch.full_like(scores, -math.inf).scatter_(-1, tokens[:, None], 0.0)
+
+    def logps(self) -> list[list[float]]:
+        """Of each row and position."""
+        return torch.stack(self._logps, dim=1).tolist()
+
+
+def _generated(tokens: Sequence[int], logps: Sequence[float], end_tokens: frozenset[int]) -> Generated | str:
+    """A response of tokens [n], up to its end token, and their log-probs [n]."""
+    length = next((i + 1 for i, token in enumerate(tokens) if token in end_tokens), len(tokens))
+    total = math.fsum(logps[:length])
+    if not length or not math.isfinite(total):
+        return f"the model gives {length} tokens with the log-prob {total}"
+    return Generated(np.array(tokens[:length], np.int32), total, tokens[length - 1] in end_tokens)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300] or "generation failed"
+
+
+def run_continuously(
+    model: Any, end_tokens: frozenset[int], requests: Sequence[Request], longest: int, at_once: int
+) -> list[Generated | str]:
+    """The response to each request by continuous batching, in their order."""
+    names = [str(i) for i in range(len(requests))]
+    with ContinuousBatching(model, end_tokens, longest=longest, concurrency=at_once) as batching:
+        for name, request in zip(names, requests, strict=True):
+            batching.submit(name, request)
+        batching.start()
+        results = dict(batching.results())
+    return [results[name] for name in names]
+
+
+def continuous_batching_fits(model: Any) -> bool:
+    """Whether continuous batching gives the model's own numbers: it is tried on some short prompts.
+
+    It refuses some architectures, and with others it loses the positions in silence. Caps of attention scores, which it
+    leaves out, show in long texts only, so they are known by their configuration.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return False
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in (7, 3, 5)]
+    requests = [Request(prompt, seed, Sampling(max_tokens=6)) for seed, prompt in enumerate(prompts)]
+    log = logging.getLogger("ContinuousBatchingLogger")  # of transformers; it reports what it cannot do as a crash
+    level, log.level = log.level, logging.CRITICAL
+    try:
+        results = run_continuously(model, frozenset(), requests, longest=16, at_once=len(requests))
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
+        return False
+    finally:
+        log.level = level
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.5
+    return all(
+        not isinstance(result, str)
+        and math.isclose(result.logps, _plain_logps(model, request, result), rel_tol=1e-4, abs_tol=tolerance)
+        for request, result in zip(requests, results, strict=True)
+    )
+
+
+@torch.no_grad()
+def _plain_logps(model: Any, request: Request, result: Generated) -> float:
+    ids = torch.from_numpy(np.concatenate((request.prompt_ids, result.ids))).long()[None].to(model.device)
+    logps = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].double().log_softmax(-1)
+    return float(logps.gather(-1, ids[0, len(request.prompt_ids) :, None]).sum())
+
+
+class VllmEngine:
+    """A model in vLLM. Its seeds are per request too, but they give other texts than transformers."""
+
+    def __init__(self, model: ModelSource, precision: str, end_tokens: frozenset[int], max_length: int | None) -> None:
+        vllm: Any = importlib.import_module("vllm")
+
+        self._sampling_params = vllm.SamplingParams
+        self._end_tokens = end_tokens
+        self._llm = vllm.LLM(
+            model=str(local_folder(model)),
+            trust_remote_code=model.trust_remote_code,
+            dtype=str(DTYPES[precision]).removeprefix("torch."),
+            max_model_len=max_length,
+            logprobs_mode="raw_logprobs",  # of the model itself: before temperature and top_p
+            generation_config="vllm",  # no defaults of the model's
+        )
+
+    def run(self, requests: Sequence[Request]) -> list[Generated | str]:
+        """See `GenerationEngine`."""
+        if not requests:
+            return []
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": request.prompt_ids.tolist()} for request in requests],
+            [
+                self._sampling_params(
+                    temperature=request.sampling.temperature,
+                    top_p=request.sampling.top_p,
+                    max_tokens=request.sampling.max_tokens,
+                    seed=request.seed,
+                    stop_token_ids=sorted(self._end_tokens),
+                    logprobs=0,  # of the drawn token alone
+                    detokenize=False,
+                )
+                for request in requests
+            ],
+            use_tqdm=False,
+        )
+        return [self._generated(output.outputs[0]) for output in outputs]
+
+    def _generated(self, completion: Any) -> Generated | str:
+        tokens = list(completion.token_ids)
+        logps = [at[token].logprob for at, token in zip(completion.logprobs, tokens, strict=True)]
+        return _generated(tokens, logps, self._end_tokens)
+
+
+def choose_engine(wanted: Engine, model: ModelSource) -> Literal["transformers", "vllm"]:
+    """The engine for a model here: vLLM where it is installed, there is a GPU, and the weights are whole.
+
+    Raises:
+        InputError: vLLM is asked for and cannot be had.
+    """
+    if wanted == "transformers":
+        return wanted
+    is_there = importlib.util.find_spec("vllm") is not None
+    is_whole = not (local_folder(model) / "adapter_config.json").exists()
+    if wanted == "auto":
+        return "vllm" if is_there and is_whole and torch.cuda.is_available() else "transformers"
+    if not is_there:
+        raise InputError("`acquire.generate.engine`: vllm is not installed")
+    if not is_whole:
+        raise InputError(f"`acquire.generate.engine`: vllm takes whole weights, and {model.path} is an adapter")
+    return wanted
+
+
+class ResponseGenerator:
+    """Writes responses to prompts with one model.
+
+    A plain class: tests call it directly, and Ray Data runs it as a pool of actors, each loading the model once.
+
+    Args:
+        max_length: Most tokens of a prompt with its response that will be asked for; None is what the model can take.
+
+    Raises:
+        InputError: There is no such model, or it has no tokenizer, or the engine cannot be had.
+    """
+
+    def __init__(
+        self, model: ModelSource, precision: str, *, engine: Engine = "auto", max_length: int | None = None
+    ) -> None:
+        config = read_config(model)
+        self._vocab_size: int = config.vocab_size
+        limits = [limit for limit in (getattr(config, "max_position_embeddings", None), max_length) if limit]
+        self._max_length: int | None = min(limits, default=None)
+        end_tokens = frozenset(end_token_ids(model)) | {load_tokenizer(model).eos_token_id} - {None}
+        self._engine: GenerationEngine = (
+            VllmEngine(model, precision, end_tokens, self._max_length)
+            if choose_engine(engine, model) == "vllm"
+            else TransformersEngine(model, precision, end_tokens)
+        )
+
+    def generate(self, prompts: Sequence[Ids], num_responses: int, sampling: Sampling, seed: int) -> list[Responses]:
+        """`num_responses` responses to each prompt, in their order. A response ends at the model's last position too.
+
+        A prompt that cannot be answered has an error, and the others have their responses. Equal prompts have equal
+        responses.
+        """
+        problems = [self._problem(prompt) for prompt in prompts]
+        requests = [
+            Request(prompt, request_seed(seed, prompt, index), self._fitting(sampling, prompt))
+            for prompt, problem in zip(prompts, problems, strict=True)
+            if problem is None
+            for index in range(num_responses)
+        ]
+        results = iter(self._engine.run(requests))
+        return [
+            _gathered([next(results) for _ in range(num_responses)]) if problem is None else Responses([], problem)
+            for problem in problems
+        ]
+
+    def __call__(self, block: pa.Table, *, num_responses: int, sampling: Sampling, seed: int) -> pa.Table:
+        """Answer a block of prompts: columns `number` and `prompt_ids`. See `_table` for what comes back."""
+        prompts = [np.asarray(ids, np.int32) for ids in block.column("prompt_ids").to_pylist()]
+        return _table(block.column("number").to_pylist(), self.generate(prompts, num_responses, sampling, seed))
+
+    def _problem(self, prompt: Ids) -> str | None:
+        """Why a prompt cannot be answered at all; such a one would take the others of its batch down."""
+        if not len(prompt):
+            return "the prompt has no token"
+        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
+            return f"the prompt has a token outside of the model's {self._vocab_size}"
+        if self._max_length is not None and len(prompt) >= self._max_length:
+            return f"the prompt has {len(prompt)} tokens, and there is room for {self._max_length} with a response"
+        return None
+
+    def _fitting(self, sampling: Sampling, prompt: Ids) -> Sampling:
+        room = math.inf if self._max_length is None else self._max_length - len(prompt)
+        return sampling if sampling.max_tokens <= room else sampling._replace(max_tokens=int(room))
+
+
+def _gathered(results: Sequence[Generated | str]) -> Responses:
+    errors = [result for result in results if isinstance(result, str)]
+    responses = [result for result in results if not isinstance(result, str)]
+    return Responses([], errors[0]) if errors else Responses(responses)
+
+
+def _table(numbers: Sequence[int], found: Sequence[Responses]) -> pa.Table:
+    """Prompts by their numbers, a row each, with lists over their responses."""
+    lists = [item.responses for item in found]
+    return pa.table(
+        {
+            "number": pa.array(numbers, pa.int64()),
+            "ids": pa.array([[r.ids for r in responses] for responses in lists], pa.list_(pa.list_(pa.int32()))),
+            "logps": pa.array([[r.logps for r in responses] for responses in lists], pa.list_(pa.float64())),
+            "is_finished": pa.array([[r.is_finished for r in responses] for responses in lists], pa.list_(pa.bool_())),
+            "error": pa.array([item.error for item in found], pa.string()),
+        }
+    )
+
+
+def _from_table(table: pa.Table) -> Iterator[tuple[int, Responses]]:
+    for row in table.to_pylist():
+        each = zip(row["ids"], row["logps"], row["is_finished"], strict=True)
+        responses = [Generated(np.asarray(ids, np.int32), *rest) for ids, *rest in each]
+        yield row["number"], Responses(responses, row["error"])
+
+
+def _blocks(prompts: Sequence[Ids], num_responses: int, num_actors: int) -> list[pa.Table]:
+    """Prompts with their numbers, in blocks of about equal work."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    num_blocks = min(len(prompts), max(num_actors, -(-len(prompts) * num_responses // REQUESTS_PER_BLOCK)))
+    return [
+        pa.table(
+            {
+                "number": pa.array(order[i::num_blocks], pa.int64()),
+                "prompt_ids": pa.array([prompts[n] for n in order[i::num_blocks]], pa.list_(pa.int32())),
+            }
+        )
+        for i in range(num_blocks)
+    ]
+
+
+def generate(
+    prompts: Sequence[Ids],
+    model: ModelSource,
+    sampling: Sampling,
+    *,
+    num_responses: int,
+    seed: int,
+    precision: str,
+    num_actors: int,
+    cpus_per_actor: float,
+    gpus_per_actor: float,
+    engine: Engine = "auto",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Responses]:
+    """Write responses to prompts on a pool of Ray Data actors. See `ResponseGenerator.generate`.
+
+    Args:
+        precision: `fp32`, `bf16` or `fp16`.
+        num_actors: Most actors; a busy cluster gives what it has.
+        on_progress: Called with the prompts done and all prompts.
+
+    Raises:
+        InputError: There is no such model, or the engine cannot be had.
+    """
+    if not prompts:
+        return []
+    if engine == "vllm":
+        choose_engine(engine, model)  # before a cluster is asked for anything
+    blocks = _blocks(prompts, num_responses, num_actors)
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    most = min(num_actors, len(blocks))
+    written = ray.data.from_arrow(blocks).map_batches(
+        ResponseGenerator,
+        fn_constructor_args=(model, precision),
+        fn_constructor_kwargs={"engine": engine, "max_length": max(map(len, prompts)) + sampling.max_tokens},
+        fn_kwargs={"num_responses": num_responses, "sampling": sampling, "seed": seed},
+        batch_format="pyarrow",
+        batch_size=None,  # a block is a call
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
+        num_cpus=cpus_per_actor / 2,  # Ray Data needs a part of the cluster for itself
+        num_gpus=gpus_per_actor,
+    )
+    found: dict[int, Responses] = {}
+    for table in written.iter_batches(batch_format="pyarrow", batch_size=None):
+        found.update(_from_table(table))
+        on_progress(len(found), len(prompts))
+    return [found[number] for number in range(len(prompts))]
