@@ -6,6 +6,7 @@ and `round.json` closes the round. So nothing is chosen, asked or trained twice,
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,6 @@ from dpo_ray.acquisition.scores import STRATEGIES, Ask, Features, implicit_gaps,
 from dpo_ray.config import AcquireConfig, BatchRuleConfig, RunConfig, parse_run
 from dpo_ray.data.encode import PairEncoder
 from dpo_ray.data.formats import to_row
-from dpo_ray.errors import InputError
 from dpo_ray.launch import Display, Interrupt
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import ModelSource, policy_source
@@ -37,6 +37,8 @@ LABELS_FILE, PAIRS_FILE, HELD_OUT_FILE = "labels.jsonl", "pairs.jsonl", "held_ou
 PROMPTS_PER_LABEL = 8
 """Of a pool of prompts, where the recipe does not say."""
 DONE = ("completed", "stopped_early")
+ELSEWHERE = ("name", "storage", "data", "reference", "cluster", "tracking", "checkpoint", "acquire")
+"""Sections that do not name a training: they change no number of it, or stand in its name by their content."""
 
 
 class Interrupted(Exception):
@@ -119,7 +121,7 @@ class Arm:
             return "plateau"
         if last["asked"] >= acquire.budget:
             return "budget"
-        return "pool" if last["new"] == 0 else None
+        return "pool" if last["new"] == 0 or not self._open() else None
 
     def _one_round(self, number: int) -> None:
         began = time.monotonic()
@@ -152,7 +154,6 @@ class Arm:
         base = policy_source(self.task.run.model)
         models = Models(self._policy(number), reference_source(self.task.run) or base)
         candidates = self._considered(folder, number, models)
-        need = min(self._acquire.labels_per_round, self._acquire.budget - len(self.asked))
         seed = _round_seed(self._acquire.seed, number)
         encoded = Encoded.of(candidates, self.task.encoder)
         columns = columns_for(self._acquire)
@@ -169,7 +170,7 @@ class Arm:
         selection = choose(
             gathered.features,
             self._acquire.strategy,
-            Ask(need, seed),
+            Ask(self._need(), seed),
             options=self._acquire.options,
             batch=batch_rule(self._acquire.batch),
             limits=limits_of(self._acquire.batch),
@@ -184,13 +185,11 @@ class Arm:
         pool, acquire = self.task.pool, self._acquire
         labelled = [self.known[name] for name in self.asked]
         if pool.kind != "prompts":
-            open_ids = np.array([c.candidate_id for c in pool.candidates if c.candidate_id not in self.asked])
-            keep = self._draw(open_ids, acquire.pool.per_label, number)
+            keep = self._draw(self._open(), acquire.pool.per_label, number)
             return [*labelled, *(self.known[name] for name in keep)]
         if not folder.exists(CANDIDATES_FILE):
-            used = {candidate.prompt_id for candidate in self.known.values()}
-            prompts = {prompt.prompt_id: prompt for prompt in pool.prompts if prompt.prompt_id not in used}
-            keep = self._draw(np.array(list(prompts)), acquire.pool.per_label or PROMPTS_PER_LABEL, number)
+            prompts = {prompt.prompt_id: prompt for prompt in pool.prompts}
+            keep = self._draw(self._open(), acquire.pool.per_label or PROMPTS_PER_LABEL, number)
             is_offline = STRATEGIES[acquire.strategy].candidates == "reference"
             new = written(
                 [prompts[name] for name in keep],
@@ -206,15 +205,25 @@ class Arm:
         self.known |= {candidate.candidate_id: candidate for candidate in new}
         return [*labelled, *new]
 
-    def _draw(self, ids: Any, per_label: float | None, number: int) -> list[str]:
+    def _open(self) -> list[str]:
+        """Ids of the candidates, or of the prompts, that no round has taken yet."""
+        pool = self.task.pool
+        if pool.kind != "prompts":
+            return [candidate.candidate_id for candidate in pool.candidates if candidate.candidate_id not in self.asked]
+        used = {candidate.prompt_id for candidate in self.known.values()}
+        return [prompt.prompt_id for prompt in pool.prompts if prompt.prompt_id not in used]
+
+    def _draw(self, ids: list[str], per_label: float | None, number: int) -> list[str]:
         """A random part of some ids, the same in any order."""
-        if not len(ids):
-            raise InputError(f"nothing is left in the pool after {len(self.asked)} labels")
         if per_label is None:
             return sorted(ids)
-        need = min(self._acquire.labels_per_round, self._acquire.budget - len(self.asked))
-        keys = uniform(ids, _round_seed(self._acquire.seed, number), "draw")
-        return sorted(ids[np.argsort(keys, kind="stable")[: int(np.ceil(per_label * need))]])
+        keys = uniform(np.array(ids), _round_seed(self._acquire.seed, number), "draw")
+        first = np.argsort(keys, kind="stable")[: math.ceil(per_label * self._need())]
+        return sorted(ids[row] for row in first)
+
+    def _need(self) -> int:
+        """Labels that the next round asks for."""
+        return min(self._acquire.labels_per_round, self._acquire.budget - len(self.asked))
 
     def _policy(self, number: int) -> ModelSource:
         """The model whose opinion counts: that of the round before."""
@@ -434,7 +443,10 @@ def training_recipe(task: Task, rows: Sequence[Mapping[str, Any]], policy: Model
         overrides |= {"model.path": policy.path, "model.revision": policy.revision}
         overrides["reference.path"] = run.reference.path or run.model.path
     tree = run.model_dump(mode="json")
-    content = content_hash(sorted(map(json.dumps, rows)), task.pool.fingerprint, {**tree, "acquire": None}, overrides)
+    decisive = {name: section for name, section in tree.items() if name not in ELSEWHERE}
+    data = {name: value for name, value in tree["data"].items() if name not in ("sources", "eval")}
+    model = [run.reference.path, *(overrides.get(name) for name in ("model.path", "reference.path", "train.seed"))]
+    content = content_hash(sorted(map(json.dumps, rows)), task.pool.fingerprint, decisive, data, model)
     overrides["name"] = f"{len(rows)}-pairs-{content[:12]}"
     overrides["data.sources"] = [{"path": f"{overrides['storage.path']}/{overrides['name']}/{PAIRS_FILE}"}]
     return resolve(parse_run(tree, overrides))
