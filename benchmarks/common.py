@@ -65,7 +65,7 @@ def recipe(model: Path, data: str, storage: Path, num_pairs: int, **overrides: A
     return resolve(parse_run(tree, {key.replace("__", "."): value for key, value in overrides.items()}))
 
 
-def make_model(folder: Path, data: str) -> None:
+def make_model(folder: Path, data: str, seed: int = 0) -> None:
     """A Llama with a body of about 25 M random parameters and a vocabulary of 8,000 trained on the text of the pairs.
 
     The output layer then has about the share of the work that it has in a model of 1 to 8 B parameters.
@@ -89,7 +89,7 @@ def make_model(folder: Path, data: str) -> None:
     trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=["<s>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator((text for pair in pool.train for text in texts(pair)), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=512,

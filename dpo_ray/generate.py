@@ -129,16 +129,19 @@ def gumbel_noise(keys: Tensor, size: int) -> Tensor:
     Returns:
         [B, V] float32, between -2.9 and 22.2.
     """
-    counts = torch.arange((size + 1) // 2, device=keys.device).mul_(_signed(_STEP))
-    state = keys[:, None] + counts
+    state = keys[:, None] + torch.arange((size + 1) // 2, device=keys.device).mul_(_signed(_STEP))
     shifted = torch.empty_like(state)
     for shift, factor in _MIX:
         torch.bitwise_right_shift(state, shift, out=shifted)
         state ^= shifted.bitwise_and_(2 ** (64 - shift) - 1)  # the shift of signed numbers repeats the sign
         state *= _signed(factor)
-    bits = state.view(torch.int32)[:, :size] & 0x7FFFFFFF
-    # The large values are those of a small u, which float32 keeps apart; at the other end, u = 1 is out of reach.
-    u = bits.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return _gumbel(state.view(torch.int32)[:, :size])
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """-log(-log(1 - u)) for u = (31 bits + 1/2) / 2^31. The large values are those of a small u, which float32 keeps
+    apart; the largest u would be rounded to 1, and is not let there."""
+    u = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()
 
 

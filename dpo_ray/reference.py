@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -330,7 +330,7 @@ def fill(
         RunFailed: A response has no finite log-prob.
     """
     view = View(model, store_of(run, model), per_token)
-    (found,), errors = score_responses(_responses(pairs), [view], run, gpus_per_actor, on_progress)
+    (found,), errors = score_responses(responses_of(pairs), [view], run, gpus_per_actor, on_progress)
     if errors:
         raise RunFailed(f"{len(errors)} responses have no reference log-prob; the first: {next(iter(errors.values()))}")
     return found
@@ -354,18 +354,11 @@ def score_responses(
         Of each view, how many values there were and came; and why a response has none, by its key.
     """
     wanted = {response_key(*item): item for item in responses}
-    missing: dict[bytes, list[int]] = {}
-    there = []
-    for number, view in enumerate(views):
-        known = view.store.keys(wanted, per_token=view.per_token, hidden=view.hidden)
-        there.append(len(known))
-        for key in wanted:
-            if key not in known:
-                missing.setdefault(key, []).append(number)
+    missing, there = _missing(wanted, views)
     done, total = 0, sum(map(len, missing.values()))
     errors: dict[bytes, str] = {}
     if missing:
-        blocks = _blocks([(wanted[key], tuple(numbers)) for key, numbers in missing.items()], run)
+        blocks = _blocks([(wanted[key], numbers) for key, numbers in missing.items()], run)
         import ray.data
 
         ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
@@ -389,7 +382,23 @@ def score_responses(
     return [Pass(view.store, *found) for view, *found in zip(views, counts, there, strict=True)], errors
 
 
-def _responses(pairs: Iterable[TokenizedPair]) -> Iterator[tuple[Ids, Ids]]:
+def _missing(
+    wanted: Mapping[bytes, tuple[Ids, Ids]], views: Sequence[View]
+) -> tuple[dict[bytes, tuple[int, ...]], list[int]]:
+    """The numbers of the views that lack a response, by its key; and how many each view has."""
+    known = [view.store.keys(wanted, per_token=view.per_token, hidden=view.hidden) for view in views]
+    lacking = {key: tuple(number for number, keys in enumerate(known) if key not in keys) for key in wanted}
+    return {key: numbers for key, numbers in lacking.items() if numbers}, [len(keys) for keys in known]
+
+
+def blocks_of(pairs: Iterable[TokenizedPair], views: Sequence[View], run: RunConfig) -> list[pa.Table]:
+    """What `ScoringActor` is called with, for the responses of some pairs that views lack."""
+    wanted = {response_key(*item): item for item in responses_of(pairs)}
+    return _blocks([(wanted[key], numbers) for key, numbers in _missing(wanted, views)[0].items()], run)
+
+
+def responses_of(pairs: Iterable[TokenizedPair]) -> Iterator[tuple[Ids, Ids]]:
+    """Both responses of each pair, behind its prompt."""
     for pair in pairs:
         yield pair.prompt_ids, pair.chosen_ids
         yield pair.prompt_ids, pair.rejected_ids
@@ -399,7 +408,7 @@ def missing_responses(
     pairs: Iterable[TokenizedPair], store: ReferenceStore, *, per_token: bool = False
 ) -> list[tuple[Ids, Ids]]:
     """Prompt and response of each that the store has not; each response once."""
-    wanted = {response_key(*item): item for item in _responses(pairs)}
+    wanted = {response_key(*item): item for item in responses_of(pairs)}
     there = store.keys(wanted, per_token=per_token)
     return [item for key, item in wanted.items() if key not in there]
 

@@ -29,7 +29,9 @@ LONGEST_HOLD_S = 3600.0
 """A server that asks for a longer pause than this is not waited for."""
 
 RETRIED = {408, 409, 429}
-ABOUT_THE_TEXT = re.compile(r"context.(length|size|window)|content.?(filter|policy|management)", re.IGNORECASE)
+ABOUT_THE_TEXT = re.compile(
+    r"context.(length|size|window)|prompt is too long|content.?(filter|policy|management)", re.IGNORECASE
+)
 """In a refusal: this text is too long or not wanted, others may be taken."""
 
 _SECONDS = re.compile(r"\d+(\.\d+)?")

@@ -281,10 +281,10 @@ def _pad_id(config: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> int | 
     A model that has none gets one that occurs in no text here, so that it reads the last token as it does without
     padding. None where all tokens occur: texts then go one by one.
     """
-    if config.pad_token_id is None:
+    pad: int | None = getattr(config, "pad_token_id", None)
+    if pad is None:
         used = {token for pair in pairs for ids in pair for token in ids}
-        config.pad_token_id = next((token for token in range(config.vocab_size) if token not in used), None)
-    pad: int | None = config.pad_token_id
+        pad = config.pad_token_id = next((token for token in range(config.vocab_size) if token not in used), None)
     return pad
 
 
