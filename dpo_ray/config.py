@@ -596,7 +596,7 @@ class PoolConfig(Config):
 
     per_label: float | None = Field(default=None, ge=1)
     """Candidate pairs that a round looks at, per label that it asks for, drawn at random; null: the whole pool, and 8
-    where responses are written first."""
+    where responses are written first and then scored."""
 
 
 class GenerateConfig(Config):

@@ -104,14 +104,20 @@ def gather(
     errors: dict[str, str] = {}
     filled: dict[str, Any] = {}
     computed = 0
-    if set(columns) & {"policy_logps", "reference_logps", "num_tokens", "hidden", "prompt_hidden", "head_margins"}:
-        read = _read(encoded, ids, models, run, columns, gpus_per_actor, on_progress)
-        ids, errors, computed, filled = read.ids, read.errors, read.computed, read.columns
-        if "head_margins" in columns:
-            filled["head_margins"] = _head_margins(ids, filled["hidden"], labels, acquire, seed)
     if set(columns) & {"sample_logps", "sample_tokens"}:
         prompts = [encoded.pairs[name].prompt_ids for name in ids]
-        filled |= sampled(prompts, models.policy, run, seed, gpus_per_actor, on_progress)
+        samples = sampled(prompts, models.policy, run, seed, gpus_per_actor, on_progress)
+        has_any = ~np.isnan(samples["sample_logps"]).all(axis=1)
+        errors |= {name: "no response could be sampled" for name, has in zip(ids, has_any, strict=True) if not has}
+        ids = [name for name in ids if name not in errors]
+        filled |= {name: column[has_any] for name, column in samples.items()}
+    if set(columns) & {"policy_logps", "reference_logps", "num_tokens", "hidden", "prompt_hidden", "head_margins"}:
+        read = _read(encoded, ids, models, run, columns, gpus_per_actor, on_progress)
+        is_read = np.isin(ids, read.ids)
+        filled = {name: column[is_read] for name, column in filled.items()} | read.columns
+        ids, errors, computed = read.ids, errors | read.errors, read.computed
+        if "head_margins" in columns:
+            filled["head_margins"] = _head_margins(ids, filled["hidden"], labels, acquire, seed)
     candidates = [encoded.candidates[name] for name in ids]
     if "gold_gap" in columns:
         filled["gold_gap"] = gold_gaps(candidates, run)

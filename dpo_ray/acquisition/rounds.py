@@ -34,8 +34,9 @@ from dpo_ray.storage import Folder, read_lines
 
 CHOICES_FILE, CANDIDATES_FILE, ROUND_FILE = "choices.json", "candidates.jsonl", "round.json"
 LABELS_FILE, PAIRS_FILE, HELD_OUT_FILE = "labels.jsonl", "pairs.jsonl", "held_out.jsonl"
-PROMPTS_PER_LABEL = 8
-"""Of a pool of prompts, where the recipe does not say."""
+PROMPTS_PER_LABEL, SPARE_PROMPTS = 8, 1.25
+"""Prompts that get responses, per label, where the recipe does not say; the second where nothing is scored, since some
+prompts get the same response twice."""
 DONE = ("completed", "stopped_early")
 ELSEWHERE = ("name", "storage", "data", "reference", "cluster", "tracking", "checkpoint", "acquire")
 """Sections that do not name a training: they change no number of it, or stand in its name by their content."""
@@ -181,15 +182,18 @@ class Arm:
         return chosen
 
     def _considered(self, folder: Folder, number: int, models: Models) -> list[Candidate]:
-        """Candidates that the round looks at, and those with a label, from which greedy rules start."""
+        """Candidates that the round looks at, and those with a label where greedy rules start, or heads learn, from
+        them."""
         pool, acquire = self.task.pool, self._acquire
-        labelled = [self.known[name] for name in self.asked]
+        is_greedy = columns_for(acquire) & {"hidden", "prompt_hidden", "head_margins", "text"}
+        labelled = [self.known[name] for name in self.asked] if is_greedy else []
         if pool.kind != "prompts":
             keep = self._draw(self._open(), acquire.pool.per_label, number)
             return [*labelled, *(self.known[name] for name in keep)]
         if not folder.exists(CANDIDATES_FILE):
             prompts = {prompt.prompt_id: prompt for prompt in pool.prompts}
-            keep = self._draw(self._open(), acquire.pool.per_label or PROMPTS_PER_LABEL, number)
+            over = PROMPTS_PER_LABEL if columns_for(acquire) else SPARE_PROMPTS
+            keep = self._draw(self._open(), acquire.pool.per_label or over, number)
             is_offline = STRATEGIES[acquire.strategy].candidates == "reference"
             new = written(
                 [prompts[name] for name in keep],
