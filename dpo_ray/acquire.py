@@ -111,6 +111,8 @@ def check(run: RunConfig, strategies: Sequence[str]) -> None:
     """
     config = run.acquire
     assert config is not None
+    if run.tracking.register_as and len(strategies) > 1:
+        raise InputError("`tracking.register_as`: a comparison has no one model to register")
     check_recipe(run.model_copy(update={"acquire": None}))
     for strategy in strategies:
         columns_for(config.model_copy(update={"strategy": strategy, "options": {}}))
@@ -154,6 +156,7 @@ class State:
         before = folder.read_json(ACQUIRE_FILE) if folder.exists(ACQUIRE_FILE) else {}
         self.folder, self.strategies, self.seeds, self._began = folder, strategies, seeds, time.time()
         self._began -= before.get("seconds", 0.0)
+        self._register_as = run.tracking.register_as
         self.tracker = open_tracker(run)
         tags = {"dpo_ray.acquisition": folder.path}
         run_id = self.tracker.start(run.name, recipe_params(run), tags, resume=before.get("mlflow_run_id"))
@@ -191,6 +194,9 @@ class State:
             for path in write_acquire_report(self.folder.path):
                 if path.endswith(".html"):
                     self.tracker.log_file(self.folder.read(path.rpartition("/")[2]).decode(), "report.html")
+        models = [arm["rounds"][-1]["model"] for arm in tree["arms"] if arm["rounds"]]
+        if status == "completed" and self._register_as and len(models) == 1 and models[0]:
+            self.tracker.register(models[0], self._register_as)
         self.tracker.finish(status)
         return tree
 

@@ -227,7 +227,7 @@ def acquire(
                 interrupt=interrupt,
                 connect=lambda: connect(address),
             )
-        emit(found, lambda tree: console.print(f"report: {run.folder}/report.html", highlight=False, soft_wrap=True))
+        emit(found, lambda tree: show_acquisition(tree, run.folder))
     if found["status"] == "interrupted":
         console.print("interrupted; continue with --resume")
         raise typer.Exit(130)
@@ -608,6 +608,19 @@ def show_study(study: Mapping[str, Any]) -> None:
     console.print(f"{study['status']}{reason}; {study['seconds']:.0f} s", highlight=False)
     folder = study["trials"][0]["folder"].rpartition("/trials/")[0] if study["trials"] else ""
     console.print(f"report: {folder}/report.html; best recipe: {folder}/best.yaml", highlight=False, soft_wrap=True)
+
+
+def show_acquisition(tree: Mapping[str, Any], folder: str) -> None:
+    """The last round of every arm, and where the report is."""
+    table = Table(title=str(tree["status"]))
+    for heading in ("strategy", "seed", "labels", tree["metric"], "model"):
+        table.add_column(heading, overflow="fold")
+    for arm in tree["arms"]:
+        for last in arm["rounds"][-1:]:
+            value = "" if last["value"] is None else f"{last['value']:.4f}"
+            table.add_row(arm["strategy"], str(arm["seed"]), str(last["asked"]), value, last["model"] or "")
+    console.print(table)
+    console.print(f"report: {folder}/report.html", highlight=False, soft_wrap=True)
 
 
 def short(line: Mapping[str, Any]) -> str:

@@ -109,11 +109,12 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 """Shifts and factors of the finalizer."""
 
 
-def position_key(seed: int, position: int) -> int:
-    """State of the noise at one position of a request, 64 bits: number `position` of its seed's SplitMix64 stream."""
-    state = (seed + position * _STEP) % 2**64
+def position_keys(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.uint64]:
+    """States of the noise at one position of each seed, [B]: number `position` of the SplitMix64 stream of the seed,
+    which is in [0, 2^64)."""
+    state = np.array(seeds, np.uint64) + np.array(positions, np.uint64) * np.uint64(_STEP)
     for shift, factor in _MIX:
-        state = (state ^ (state >> shift)) * factor % 2**64
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
     return state
 
 
@@ -123,7 +124,7 @@ def gumbel_noise(keys: Tensor, size: int) -> Tensor:
     Each 64-bit number of the SplitMix64 stream of a key serves two tokens.
 
     Args:
-        keys: [B] int64, see `position_key`.
+        keys: [B] int64, the bits of `position_keys`.
         size: V, size of the vocabulary.
 
     Returns:
@@ -156,7 +157,7 @@ def draw(logits: Tensor, keys: Tensor, temperature: Tensor, top_p: Tensor | None
 
     Args:
         logits: [B, V] float32, of the model itself.
-        keys: [B] int64, see `position_key`.
+        keys: [B] int64, the bits of `position_keys`.
         temperature: [B] float32, at least 0.
         top_p: [B] float32 in (0, 1]; None is 1 everywhere, and spares a sort.
 
@@ -205,9 +206,9 @@ class RequestSampler:
         states = [request.state for request in requests_in_batch if request.has_new_token]
         wanted: list[Request] = [state.logit_processor_kwargs["request"] for state in states]
         # The position in the whole text, which also holds when a request was put off and begun anew.
-        keys = [position_key(w.seed, state.position_offset) for w, state in zip(wanted, states, strict=True)]
+        keys = position_keys([w.seed for w in wanted], [state.position_offset for state in states])
         rows: NDArray[np.int32] = np.empty((4, len(states)), np.int32)
-        rows[:2] = np.array(keys, np.uint64).view(np.int32).reshape(-1, 2).T
+        rows[:2] = keys.view(np.int32).reshape(-1, 2).T
         rows[2] = np.array([w.sampling.temperature for w in wanted], np.float32).view(np.int32)
         rows[3] = np.array([w.sampling.top_p for w in wanted], np.float32).view(np.int32)
         arg_storage[:, : len(states)] = torch.from_numpy(rows).to(arg_storage.device)
@@ -394,9 +395,9 @@ class _Draws:
         self._logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        keys = [_signed(position_key(seed, input_ids.shape[1])) for seed in self._seeds]
+        keys = position_keys(self._seeds, [input_ids.shape[1]] * len(input_ids)).view(np.int64)
         top_p = self._top_p if self._has_top_p else None
-        tokens, logps = draw(scores.float(), torch.tensor(keys, device=scores.device), self._temperature, top_p)
+        tokens, logps = draw(scores.float(), torch.from_numpy(keys).to(scores.device), self._temperature, top_p)
         self._logps.append(logps)
         return torch.full_like(scores, -math.inf).scatter_(-1, tokens[:, None], 0.0)
 

@@ -5,7 +5,7 @@ or prompts alone, to which the model writes responses later. Everything goes by 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
@@ -85,44 +85,62 @@ def load_candidates(run: RunConfig, is_usable: Callable[[PreferencePair], bool] 
             f"`data.eval`: a pool of {kind} has no labels to hold out; name labelled pairs in `data.eval.sources`, "
             "or set `data.eval.num_pairs` to 0"
         )
+    return _unlabelled(run, kind, is_usable)
+
+
+def _unlabelled(run: RunConfig, kind: Kind, is_usable: Callable[[PreferencePair], bool]) -> Pool:
+    """Candidates, or prompts that wait for them; subsets nest by content, as those of pairs do."""
     held_out = _held_out(run)
     keys = {pair.group_id for pair in held_out}
     dropped: Counter[str] = Counter()
-    rows = 0
+    pool: dict[str, Item] = {}
+    for number, source in enumerate(run.data.sources):
+        if source.weight is not None:
+            raise InputError(f"`data.sources.{number}.weight`: a pool of {kind} is taken as it is")
+        own: dict[str, Item] = {}
+        for item in _items(run, source, kind, dropped):
+            reason = _why_not(item, pool.keys() | own.keys(), keys, is_usable)
+            if reason is None:
+                own[_id_of(item)] = item
+            else:
+                dropped[reason] += 1
+        pool |= _first(own, source.num_pairs, run.data.subset_seed)
+        dropped["over_num_pairs"] += max(0, len(own) - (source.num_pairs or len(own)))
+    most = max(1, round(run.data.fraction * len(pool)))
+    pool = _first(pool, min(most, run.data.num_pairs or most), run.data.subset_seed)
+    candidates = [item for item in pool.values() if isinstance(item, Candidate)]
+    prompts = [item for item in pool.values() if isinstance(item, OpenPrompt)]
+    report = {"rows": dropped.pop("rows", 0), "dropped": {reason: count for reason, count in dropped.items() if count}}
+    return _pool(kind, candidates, prompts, held_out, report)
 
-    def read() -> Iterator[tuple[Row, SourceConfig]]:
-        nonlocal rows
-        for source in run.data.sources:
-            for row in read_rows(source):
-                rows += 1
-                yield row, source
 
-    prompts: dict[str, OpenPrompt] = {}
-    candidates: dict[str, Candidate] = {}
-    for row, _ in read():
+Item = Candidate | OpenPrompt
+
+
+def _id_of(item: Item) -> str:
+    return item.candidate_id if isinstance(item, Candidate) else item.prompt_id
+
+
+def _first(items: dict[str, Item], count: int | None, seed: int) -> dict[str, Item]:
+    """So many of them, by content."""
+    names = sorted(items, key=lambda name: content_hash(seed, name))[:count]
+    return {name: items[name] for name in names}
+
+
+def _items(run: RunConfig, source: SourceConfig, kind: Kind, dropped: Counter[str]) -> Iterator[Item]:
+    """What the rows of a source hold; bad rows are counted, or end the reading."""
+    assert run.acquire is not None
+    for row in read_rows(source):
+        dropped["rows"] += 1
         try:
             offer = _offer(row, kind)
-            found = _candidates(offer, run.acquire.pool.pairing, run.acquire.seed) if kind == "candidates" else []
+            how = (run.acquire.pool.pairing, run.acquire.seed)
+            yield from [offer.open] if kind == "prompts" else _candidates(offer, *how)
         except RowError as error:
             place = f"{row.source}:{row.number}: {error}"
             if run.data.on_bad_row == "stop":
                 raise InputError(place) from None
             dropped["bad_row"] += 1
-            continue
-        if kind == "prompts":
-            if offer.open.prompt_id in prompts:
-                dropped["duplicate"] += 1
-            elif offer.open.candidate("a", "b").labelled(is_first=True).group_id in keys:
-                dropped["in_held_out"] += 1
-            else:
-                prompts[offer.open.prompt_id] = offer.open
-        for candidate in found:
-            reason = _why_not(candidate, candidates, keys, is_usable)
-            if reason is None:
-                candidates[candidate.candidate_id] = candidate
-            else:
-                dropped[reason] += 1
-    return _pool(kind, candidates.values(), prompts.values(), held_out, {"rows": rows, "dropped": dict(dropped)})
 
 
 def _labelled(run: RunConfig, is_usable: Callable[[PreferencePair], bool]) -> Pool:
@@ -132,7 +150,7 @@ def _labelled(run: RunConfig, is_usable: Callable[[PreferencePair], bool]) -> Po
     candidates: dict[str, Candidate] = {}
     for pair in loaded.train[: run.data.num_pairs]:
         candidate = _hidden(pair)
-        reason = _why_not(candidate, candidates, set(), is_usable)
+        reason = _why_not(candidate, candidates, (), is_usable)
         if reason is None:
             candidates[candidate.candidate_id] = candidate
         else:
@@ -181,16 +199,14 @@ def _pool(
 
 
 def _why_not(
-    candidate: Candidate,
-    taken: dict[str, Candidate],
-    held_out: set[str],
-    is_usable: Callable[[PreferencePair], bool],
+    item: Item, taken: Collection[str], held_out: Collection[str], is_usable: Callable[[PreferencePair], bool]
 ) -> str | None:
-    """The reason why a candidate is left out."""
+    """The reason why something is left out."""
+    candidate = item if isinstance(item, Candidate) else item.candidate("a", "b")
     pair = candidate.labelled(is_first=True)
     if content_hash(candidate.first) == content_hash(candidate.second):
         return "identical"
-    if candidate.candidate_id in taken:
+    if _id_of(item) in taken:
         return "duplicate"
     if pair.group_id in held_out:
         return "in_held_out"

@@ -265,14 +265,20 @@ class Arm:
             self._display.progress("labels", done, len(candidates))
             self._check()
 
+        if self._acquire.oracle.kind == "people":
+            self._display.phase(f"waiting for people: dpo-ray label {self._queue} --as NAME")
         self._oracle().ask(waiting, on_answer)
+
+    @property
+    def _queue(self) -> str:
+        return (self.folder / "queue").path
 
     def _oracle(self) -> Oracle:
         return make_oracle(
             self._acquire.oracle,
             seed=self._acquire.seed,
             storage=self.task.run.storage.path,
-            queue=(self.folder / "queue").path,
+            queue=self._queue,
             should_stop=lambda: self._interrupt.is_set,
         )
 

@@ -135,6 +135,23 @@ def test_a_bad_row_is_named(tmp_path: Path):
     assert load_candidates(lenient).report["dropped"] == {"bad_row": 1}
 
 
+@pytest.mark.parametrize("rows", [RESPONSES, [{"prompt": f"p{i}"} for i in range(10)]])
+def test_parts_of_a_pool_nest_by_content(tmp_path: Path, rows: list[dict[str, Any]]):
+    def ids(**data: Any) -> set[str]:
+        run = recipe(tmp_path / "a.jsonl", rows)
+        found = load_candidates(run.model_copy(update={"data": run.data.model_copy(update=data)}))
+        return {c.candidate_id for c in found.candidates} | {p.prompt_id for p in found.prompts}
+
+    whole, half, three = ids(), ids(fraction=0.5), ids(num_pairs=3)
+    assert (len(whole), len(half), len(three)) == (10, 5, 3)
+    assert three < half < whole
+    assert ids(num_pairs=3, subset_seed=1) != three
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"), num_pairs=4)
+    assert three < ids(sources=(source,)) < half
+    with pytest.raises(InputError, match=r"`data.sources.0.weight`"):
+        ids(sources=(source.model_copy(update={"weight": 1.0}),))
+
+
 SHARED = ["hh_rlhf/helpful-base.test.jsonl.gz", "realsumm/pairs.jsonl.gz", "formats/conversational_tulu3.jsonl.gz"]
 
 
