@@ -45,9 +45,10 @@ docs: $(INSTALLED) ## Write docs/recipe.md from the schema
 bench: $(INSTALLED) ## Run every benchmark
 	@for file in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
-findings: $(INSTALLED) ## Data efficiency and early stopping in miniature, over seeds
+findings: $(INSTALLED) ## Data efficiency, early stopping and active learning in miniature, over seeds
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/findings/early_stopping.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/findings/data_efficiency.py
+	@for study in --explore '' --again --long; do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/findings/active_learning.py $$study || exit 1; done
 
 chaos: $(INSTALLED) ## Kill parts of runs at random moments, RUNS=20 times
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --runs $(or $(RUNS),20)

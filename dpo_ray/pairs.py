@@ -124,6 +124,18 @@ class Candidate:
         """As `PreferencePair.prompt_id`."""
         return content_hash(self.prompt, self.tools)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What people and files see of it, for JSON. What the data knows of its worth is left out."""
+        known = dataclasses.asdict(self)
+        return {name: value for name, value in known.items() if name not in ("gold_gap", "weight", "group")}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Candidate":
+        """As it was before JSON, which has no tuples."""
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
+        return cls(**known)
+
     def labelled(self, *, is_first: bool, margin: float | None = None) -> PreferencePair:
         """The pair that a label makes of it."""
         chosen, rejected = (self.first, self.second) if is_first else (self.second, self.first)

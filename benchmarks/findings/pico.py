@@ -159,7 +159,7 @@ class Task:
     def __init__(self, base: Path, seed: int, *, contextual: bool, num_test: int = 512) -> None:
         self.base, self.seed, self.grammar = base, seed, Grammar()
         self._rng = np.random.default_rng([1, seed])
-        self._reference = load_base(base)
+        self.reference = load_base(base)
         topics = range(NUM_TOPICS)
         prompts = self.grammar.prompts(topics, NUM_REFERENCE, self._rng)
         reward = draw_reward(self._rng, contextual=contextual)
@@ -167,11 +167,11 @@ class Task:
         self.test_prompts = self.grammar.prompts(topics, num_test, self._rng)
         self._rivals = self.reward(self.test_prompts, self.sample(self.test_prompts))
         self._base_text = self.grammar.texts(self._rng.integers(NUM_TOPICS, size=num_test), self._rng)
-        self._base_nll = text_nll(self._reference, self._base_text)
+        self._base_nll = text_nll(self.reference, self._base_text)
 
     def sample(self, prompts: IntArray) -> IntArray:
         """Responses of the reference."""
-        return sample(self._reference, prompts, seed=int(self._rng.integers(2**31))).responses
+        return sample(self.reference, prompts, seed=int(self._rng.integers(2**31))).responses
 
     def pairs(self, count: int, *, noise: float, topics: Sequence[int] = range(NUM_TOPICS)) -> Labelled:
         """Two samples of the reference behind each prompt, labelled."""
@@ -190,7 +190,7 @@ class Task:
         rewards = self.reward(self.test_prompts, sampled.responses)
         texts = np.concatenate([self.test_prompts, sampled.responses], axis=1)
         with torch.no_grad():
-            kept = token_distribution(self._reference, texts)
+            kept = token_distribution(self.reference, texts)
         kl = (sampled.log_probs.exp() * (sampled.log_probs - kept)).sum(-1)  # [N, 12], exact at each token
         return {
             "true_reward": float(rewards.mean()),
@@ -208,15 +208,15 @@ class Sampled(NamedTuple):
 
 
 @torch.no_grad()
-def sample(model: Any, prompts: IntArray, *, seed: int) -> Sampled:
-    """Responses at temperature 1; the end token is not drawn, since all responses are equally long."""
+def sample(model: Any, prompts: IntArray, *, seed: int, temperature: float = 1.0) -> Sampled:
+    """Responses; the end token is not drawn, since all responses are equally long."""
     generator = torch.Generator().manual_seed(seed)
     ids, cache = torch.from_numpy(prompts), None
     drawn, log_probs = [], []
     for _ in range(RESPONSE_LENGTH):
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        log_probs.append(out.logits[:, -1, :NUM_TOKENS].log_softmax(-1))
+        log_probs.append((out.logits[:, -1, :NUM_TOKENS] / temperature).log_softmax(-1))
         ids = torch.multinomial(log_probs[-1].exp(), 1, generator=generator)
         drawn.append(ids)
     return Sampled(torch.cat(drawn, dim=1).numpy(), torch.stack(log_probs, dim=1))
@@ -288,17 +288,18 @@ def load_base(folder: Path) -> Any:
 
 
 def pico_run(
-    task: Task, storage: Path, sources: Sequence[Path], held_out: Path, num_pairs: int, **overrides: Any
+    task: Task, storage: Path, sources: Sequence[Path], held_out: Path | None, num_pairs: int, **overrides: Any
 ) -> Any:
     """The recipe of a training on the task: 32 pairs a step, AdamW at 3e-4.
 
     Args:
         sources: Mixed in equal shares, when several.
+        held_out: None: no pairs to evaluate on.
         overrides: As in `recipe`.
     """
     settings: dict[str, Any] = {
         "data__sources": [{"path": str(path), "weight": 1.0} for path in sources],
-        "data__eval": {"sources": [{"path": str(held_out)}], "num_pairs": 512},
+        "data__eval": {"sources": [{"path": str(held_out)}], "num_pairs": 512} if held_out else {"num_pairs": 0},
         "data__subset_seed": task.seed,
         "data__max_tokens": 32,
         "batch__pairs_per_step": 32,
@@ -337,7 +338,7 @@ def train(run: Any, measure: Callable[[Any], dict[str, float]] | None = None) ->
     for step in range(1, order.num_steps + 1):
         worker.step(pairs, order.pairs_of(step), step)
         if step % run.eval.every_steps == 0 or step == order.num_steps:
-            metrics = means(worker.evaluate(held_out)[0])
+            metrics = means(worker.evaluate(held_out)[0]) if len(held_out.pairs) else {}
             if measure is not None:
                 with plain_attention(worker.engine.model) as model:
                     metrics |= measure(model)

@@ -6,6 +6,7 @@ hidden states, H of a head's hidden layer.
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from dpo_ray.config import EnsembleConfig
 
 States = Tensor | NDArray[np.floating]
 _ROWS = 4096
-"""Candidates whose margins are computed at once."""
-
+"""Pairs that are in float64 at once."""
 
 Parameters = tuple[Tensor, ...]
 """Of E heads: output [E, H, 1], hidden layer [E, D, H] and bias [E, 1, H]; of linear heads only the output [E, D, 1].
@@ -48,18 +48,17 @@ def ensemble_margins(labelled: States, pool: States, config: EnsembleConfig, see
     Returns:
         [N, E], in logits. All 0 where there is no label: heads at random would only look like disagreement.
     """
-    known, candidates = _as_float64(labelled), _as_float64(pool)
+    known, candidates = torch.as_tensor(labelled).cpu(), torch.as_tensor(pool).cpu()
     if len(known) == 0:
         return np.zeros((len(candidates), config.members))
-    mean, deviation = _statistics(torch.cat([known, candidates]))
+    mean, deviation = _statistics(known, candidates)
     starts, counts = zip(
         *(_start(known.shape[2], len(known), config.width, seed, member) for member in range(config.members)),
         strict=True,
     )
     start = tuple(torch.stack(parts) for parts in zip(*starts, strict=True))
-    heads = fitted(start, (known - mean) / deviation, torch.stack(counts), config)
-    blocks = (candidates[first : first + _ROWS] for first in range(0, len(candidates), _ROWS))
-    found = torch.cat([margins(heads, (block - mean) / deviation) for block in blocks], dim=1)
+    heads = fitted(start, (known.double() - mean) / deviation, torch.stack(counts), config)
+    found = torch.cat([margins(heads, (block - mean) / deviation) for block in _blocks(candidates)], dim=1)
     return found.T.contiguous().numpy()
 
 
@@ -106,19 +105,21 @@ def rewards(heads: Parameters, states: Tensor) -> Tensor:
     return (inputs @ output).squeeze(-1) * (scale / math.sqrt(output.shape[1]))
 
 
-def _as_float64(states: States) -> Tensor:
-    return torch.as_tensor(states).to("cpu", torch.float64)
+def _blocks(pairs: Tensor) -> Iterator[Tensor]:
+    """So many pairs at a time, in float64."""
+    return (pairs[first : first + _ROWS].double() for first in range(0, len(pairs), _ROWS))
 
 
-def _statistics(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each feature, [D], over both responses of all pairs [n, 2, D].
+def _statistics(*tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each feature, [D], over both responses of all pairs [n, 2, D] of some tables.
 
     The two of a pair are added first, so that nothing changes when they are swapped. A feature that is the same
     everywhere has no deviation, infinite here: it becomes 0 and not amplified rounding.
     """
-    size = 2 * len(pairs)
-    mean = pairs.sum(1).sum(0) / size
-    deviation = ((pairs - mean).square().sum(1).sum(0) / size).sqrt()
+    size = 2 * sum(len(table) for table in tables)
+    mean = torch.stack([block.sum(1).sum(0) for table in tables for block in _blocks(table)]).sum(0) / size
+    squares = [(block - mean).square().sum(1).sum(0) for table in tables for block in _blocks(table)]
+    deviation = (torch.stack(squares).sum(0) / size).sqrt()
     return mean, torch.where(deviation > 1e-9 * mean.abs(), deviation, math.inf)
 
 

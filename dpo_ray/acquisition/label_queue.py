@@ -126,7 +126,7 @@ def apply(state: State, event: Event) -> None:
         return
     name, person = event["candidate_id"], event.get("person", "")
     if event["event"] == "add":
-        state.entries.setdefault(name, Entry(_candidate(event["candidate"])))
+        state.entries[name] = Entry(Candidate.from_record(event["candidate"]))
         return
     entry = state.entries[name]
     match event["event"]:
@@ -229,7 +229,7 @@ class LabelQueue:
         """Queue some candidates; those that are there already stay as they are."""
         with self._locked() as state:
             new = {c.candidate_id: c for c in candidates if c.candidate_id not in state.entries}
-            self._append(*(self._event("add", candidate_id=name, candidate=_record(c)) for name, c in new.items()))
+            self._append(*(self._event("add", candidate_id=name, candidate=c.record) for name, c in new.items()))
 
     def take(self, person: str) -> Task | None:
         """A pair for this person: the one in hand, else the first that needs somebody; None where there is none.
@@ -276,8 +276,7 @@ class LabelQueue:
             entry = self._given(state, person, candidate_id)
             if person in entry.labels:
                 raise InputError(f"{person} has labelled {candidate_id}: undo that first")
-            if person not in entry.skips:
-                self._append(self._event("skip", candidate_id=candidate_id, person=person))
+            self._append(self._event("skip", candidate_id=candidate_id, person=person))
 
     def undo(self, person: str) -> str | None:
         """Take a person's last label back, and give them the pair again; the one in hand goes back to the queue.
@@ -424,18 +423,6 @@ def open_queue(folder: Path, clock: Callable[[], float] = time.time) -> LabelQue
 def _left(candidate_id: str, person: str) -> Side:
     """By a hash, so that neither the order of the pairs nor anyone's wish decides it."""
     return "first" if uniform(np.array([f"{candidate_id}\n{person}"]), 0, "left")[0] < 0.5 else "second"
-
-
-def _record(candidate: Candidate) -> dict[str, Any]:
-    """What people see of a candidate, and where it was read. What the data knows of its worth is left out."""
-    known = dataclasses.asdict(candidate)
-    return {name: value for name, value in known.items() if name not in ("gold_gap", "weight", "group")}
-
-
-def _candidate(record: dict[str, Any]) -> Candidate:
-    """As it was before JSON, which has no tuples."""
-    known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in record.items()}
-    return Candidate(**known)
 
 
 KEYS = "1, 2, t (tie), s (skip), u (undo), q (quit): "

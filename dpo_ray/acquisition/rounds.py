@@ -204,7 +204,7 @@ class Arm:
                 self.task.gpus,
                 self._progress,
             )
-            folder.write_lines(CANDIDATES_FILE, map(_candidate_row, new))
+            folder.write_lines(CANDIDATES_FILE, (candidate.record for candidate in new))
         new = _candidates_of(folder)
         self.known |= {candidate.candidate_id: candidate for candidate in new}
         return [*labelled, *new]
@@ -489,29 +489,9 @@ def _round_seed(seed: int, number: int) -> int:
     return 1000 * seed + number
 
 
-def _candidate_row(candidate: Candidate) -> dict[str, Any]:
-    names = ("prompt", "first", "second", "tools", "is_transcript", "source", "row")
-    return {name: getattr(candidate, name) for name in names}
-
-
 def _candidates_of(folder: Folder) -> list[Candidate]:
     """Those that a round generated."""
-
-    def text(value: Any) -> Any:
-        return value if isinstance(value, str) else tuple(value)
-
-    return [
-        Candidate(
-            text(row["prompt"]),
-            text(row["first"]),
-            text(row["second"]),
-            tools=row["tools"] and tuple(row["tools"]),
-            is_transcript=row["is_transcript"],
-            source=row["source"],
-            row=row["row"],
-        )
-        for row in read_lines(_read(folder, CANDIDATES_FILE))
-    ]
+    return [Candidate.from_record(row) for row in read_lines(_read(folder, CANDIDATES_FILE))]
 
 
 def _read(folder: Folder, name: str) -> bytes:

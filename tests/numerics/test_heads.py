@@ -90,6 +90,14 @@ def test_a_linear_head_ends_at_the_optimum_of_its_penalised_logistic_regression(
         np.testing.assert_allclose(found[member, :, 0].numpy(), best, atol=1e-4)
 
 
+def test_the_rate_falls_to_zero_in_a_line():
+    # While a gradient hardly changes, a step of Adam is the rate, down the gradient: 1 + 3/4 + 1/2 + 1/4 rates in all.
+    pairs, counts = torch.from_numpy(states(8, 3)), torch.ones(1, 8, dtype=torch.float64)
+    start = random_heads(1, 3, 0)
+    (found,) = heads.fitted(start, pairs, counts, EnsembleConfig(width=0, steps=4, learning_rate=1e-5, pull=0.0))
+    np.testing.assert_allclose((found - start[0]).abs().numpy(), 2.5e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("width", [0, 8])
 def test_members_are_trained_as_if_alone(width: int):
     pairs, counts = torch.from_numpy(states(6)), torch.ones(3, 6, dtype=torch.float64)
@@ -109,7 +117,7 @@ def test_a_large_pull_keeps_heads_at_their_start():
         return ensemble_margins(labelled, pool, EnsembleConfig(width=0, steps=100, pull=pull), seed=0)
 
     (start,) = zip(*(heads._start(5, 20, 0, 0, member)[0] for member in range(5)), strict=True)
-    mean, deviation = heads._statistics(torch.cat([torch.from_numpy(labelled), torch.from_numpy(pool)]))
+    mean, deviation = heads._statistics(torch.from_numpy(labelled), torch.from_numpy(pool))
     untrained = heads.margins((torch.stack(start),), (torch.from_numpy(pool) - mean) / deviation)
     np.testing.assert_allclose(found(1e6), untrained.T.numpy(), atol=1e-3)
     assert np.abs(found(0.0) - untrained.T.numpy()).max() > 0.5
@@ -212,11 +220,16 @@ def test_units_of_hidden_states_do_not_matter(change: Any):
 
 def test_a_feature_that_never_changes_is_no_feature():
     labelled, _ = separable(20)
-    pool, config = states(10, seed=1), EnsembleConfig(steps=20)
-    flat = [np.concatenate([pairs, np.full((len(pairs), 2, 1), 0.1)], axis=2) for pairs in (labelled, pool)]
-    margins = ensemble_margins(*flat, config, 0)
-    assert np.isfinite(margins).all()
-    np.testing.assert_array_equal(ensemble_margins(*(pairs * 3 for pairs in flat), config, 0) > 0, margins > 0)
+    config = EnsembleConfig(steps=3)
+
+    def found(value: float) -> np.ndarray:
+        flat = (np.concatenate([p, np.full((len(p), 2, 1), value)], axis=2) for p in (labelled, states(10, seed=1)))
+        return ensemble_margins(*flat, config, 0)
+
+    np.testing.assert_array_equal(found(0.7), found(0.0))
+    for value in np.random.default_rng(0).uniform(size=50):  # the mean of some differs from them in the last bit
+        deviation = heads._statistics(torch.full((30, 2, 1), float(value), dtype=torch.float64))[1]
+        assert torch.isinf(deviation).all()
 
 
 def test_arrays_and_tensors_of_any_precision_are_taken():

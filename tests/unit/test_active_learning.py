@@ -179,11 +179,23 @@ def test_the_frozen_control_chooses_at_random_whatever_the_policy_knows():
 
 
 def test_the_shuffled_control_has_the_same_gaps_on_other_pairs():
-    pool = candidates()
+    pool = candidates(reference_logps=-1e4 - np.random.default_rng(2).gamma(9, 3, size=(300, 2)))
     columns = shuffled(pool)
     gaps = (columns["policy_logps"] - columns["reference_logps"]) @ [1, -1]
     np.testing.assert_allclose(np.sort(gaps), np.sort(pool.gaps), atol=1e-9)
     assert (np.abs(gaps - pool.gaps) > 1e-6).mean() > 0.9
+
+
+def test_options_and_limits_of_an_arm_count():
+    pool, ask = candidates(), Ask(32, seed=3)
+    band = chosen_rows(Arm("margin_band", options={"low": 0.85}), pool, ask)
+    assert np.abs(pool.gaps[band]).min() >= np.quantile(np.abs(pool.gaps), 0.84)
+    arm = ARMS["all pairs: certainty, log_det"]
+    few = candidates(40)
+    same = few.pool._replace(prompts=np.repeat(few.pool.prompts[:8], 5, axis=0))
+    few.pool = same
+    rows = chosen_rows(arm, few, ask)
+    assert len(rows) == len(np.unique(same.prompts[rows], axis=0)) == 8
 
 
 def test_certainty_ranks_by_the_gaps_that_stand_in_for_the_policys():
@@ -301,14 +313,34 @@ def test_arms_share_every_round_up_to_the_one_in_which_they_part(study: tuple[St
 
 def test_labels_are_kept_and_never_asked_for_twice(study: tuple[Study, Counted]):
     run, learn = study
-    for name in ("certainty", "entropy", "certainty, log_det"):
+    for name in ("certainty", "entropy", "certainty, log_det", "d_optimal after labelled"):
         run.run(ARMS[name])
         before: set[str] = set()
         for labelled in learn.asked[-3:]:
-            ids = set(content_ids(*labelled).tolist())
+            ordered = content_ids(*labelled).tolist()
+            assert ordered == sorted(ordered)  # whatever the rounds that they came in
+            ids = set(ordered)
             assert len(ids) == len(labelled.prompts)
             assert before < ids
             before = ids
+
+
+@pytest.mark.parametrize("name", ["random", "certainty, log_det", "d_optimal after labelled"])
+def test_what_is_written_again_is_not_labelled_again(
+    name: str, study: tuple[Study, Counted], monkeypatch: pytest.MonkeyPatch
+):
+    always = pool_of(*texts(100))
+    monkeypatch.setattr(active_learning, "written", lambda *_, **__: always)
+    study[0].run(ARMS[name])
+    assert len(set(content_ids(*study[1].asked[-1]).tolist())) == 96
+
+
+def test_a_greedy_rule_may_start_from_the_labels_of_earlier_rounds(study: tuple[Study, Counted]):
+    run, learn = study
+    afresh, after = (run.run(ARMS[name]) for name in ("certainty, log_det", "certainty, log_det after labelled"))
+    assert after[0] == afresh[0]
+    assert after[1] != afresh[1]
+    assert [len(labelled.prompts) for labelled in learn.asked] == [32, 64, 96, 64, 96]
 
 
 def test_the_better_response_is_the_chosen_one_but_for_the_oracles_errors(study: tuple[Study, Counted]):
@@ -375,6 +407,24 @@ def test_the_share_of_the_head_room_is_of_what_the_control_gains():
     assert results.of("win_area", "c1", "bald")[2] == pytest.approx(
         (50 / 2 + results.of("win_rate", "c1", "bald", 32)[2] + results.of("win_rate", "c1", "bald", 64)[2] / 2) / 2
     )
+
+
+def test_both_tasks_are_the_mean_of_the_two_by_seed():
+    rows = rows_of("again", {"random": 0.4, "bald": 0.5})
+    for row in rows:
+        row["true_reward"] += 0.3 * (row["task"] == "c1")
+    results = Results(rows, "again", ["random", "bald"])
+    expected = np.array(results.of("true_reward", "c0", "bald")) + 0.15
+    np.testing.assert_allclose(results.of("true_reward", "both", "bald"), expected)
+
+
+def test_rates_of_all_rounds_are_averaged():
+    rows = rows_of("long", {"random": 0.4, "bald": 0.5})
+    for row in rows:
+        row |= {"gap": 1.0 * (row["m"] == 64), "agreement": 0.25 + 0.5 * (row["m"] == 64)}
+    results = Results(rows, "long", ["random", "bald"])
+    assert results.of("gap", "c0", "bald") == [0.5] * 6
+    assert results.of("agreement", "c0", "bald") == [0.5] * 6
 
 
 def test_only_seeds_of_which_all_is_done_count():

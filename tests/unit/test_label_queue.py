@@ -1,11 +1,13 @@
 """The queue of people: nothing is lost, nothing is given twice, whoever else is at it and whenever somebody dies."""
 
+import fcntl
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from dpo_ray.acquisition.answers import Answer, Preferred, agreement, most_votes
 from dpo_ray.acquisition.label_queue import (
     KEYS,
+    LOCK,
     LOG,
     LabelQueue,
     Progress,
@@ -226,6 +229,7 @@ def test_who_held_a_pair_that_another_has_done_meanwhile_gets_the_next(queue: La
     clock.now += LEASE_S
     assert taken(queue, "bob") == name
     queue.label("ann", name, "first")
+    assert queue.progress() == Progress(waiting=1, leased=0, done=1, labels={"ann": 1})
     assert taken(queue, "bob") != name
 
 
@@ -401,9 +405,10 @@ def test_what_the_driver_has_used_stays_as_it_is(queue: LabelQueue, tmp_path: Pa
     driver = Driver(clock, iter(()))
     driver.wait(queue, 1, settle_s=0.0)
     assert queue.undo("bob") is None
-    queue.label("ann", name, "first")
     queue_at(tmp_path, clock, labellers=2)
-    assert queue.answers()[0] == driver.answers[0] == Answer(name, "second", "bob")
+    assert queue.progress().done == 1
+    queue.label("ann", name, "first")
+    assert queue.answers() == driver.answers == [Answer(name, "second", "bob")]
 
 
 def test_a_driver_that_starts_again_gets_all_answers_again(queue: LabelQueue, tmp_path: Path, clock: Clock):
@@ -480,20 +485,17 @@ def test_an_interrupt_while_reading_does_not_count_events_twice(
     other = queue_at(tmp_path, clock)
     say(other, "ann")
     other.undo("ann")
-    seen = []
 
     def lines_then_interrupt(content: bytes) -> Iterator[dict[str, Any]]:
         for event in read_lines(content):
-            seen.append(event["event"])
             yield event
-            if event["event"] == "undo":
+            if event["event"] == "label":
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("dpo_ray.acquisition.label_queue.read_lines", lines_then_interrupt)
         with pytest.raises(KeyboardInterrupt):
             queue.progress()
-    assert "undo" in seen
     assert queue.progress() == other.progress()
 
 
@@ -665,8 +667,22 @@ def test_the_state_is_a_fold_of_the_log_however_it_was_read(tmp_path: Path, cloc
     assert fold(lines[:-1]) != fold(lines)
 
 
-def _label_all(folder: Path, person: str, told: Any) -> None:
+def test_a_change_waits_for_whoever_else_has_the_queue(queue: LabelQueue, tmp_path: Path):
+    name = taken(queue, "ann")
+    thread = threading.Thread(target=queue.label, args=("ann", name, "first"))
+    with (tmp_path / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert [event["event"] for event in events(tmp_path)][-1] == "lease"
+    thread.join()
+    assert queue.progress().done == 1
+
+
+def _label_all(folder: Path, person: str, told: Any, together: Any) -> None:
     queue, rng = LabelQueue(Folder(str(folder)), 2, 15.0), random.Random(person)
+    together.wait()
     while (task := queue.take(person)) is not None:
         name, preferred = task.candidate.candidate_id, rng.choice(("first", "second", "tie"))
         queue.label(person, name, preferred)
@@ -674,10 +690,12 @@ def _label_all(folder: Path, person: str, told: Any) -> None:
     told.close()
 
 
-def _started(folder: Path, person: str) -> tuple[Any, Any]:
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_label_all, args=(folder, person, sender))
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def _started(folder: Path, person: str, together: Any) -> tuple[Any, Any]:
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_label_all, args=(folder, person, sender, together))
     process.start()
     sender.close()
     return process, receiver
@@ -694,7 +712,8 @@ def _received(pipe: Any) -> list[tuple[str, str, str]]:
 
 def test_processes_at_one_queue_get_every_pair_labelled_as_often_as_it_should_be(tmp_path: Path):
     LabelQueue(Folder(str(tmp_path)), 2, 15.0).add(pairs(40))
-    started = [_started(tmp_path, person) for person in ("ann", "bob", "eve")]
+    together = CONTEXT.Barrier(3)
+    started = [_started(tmp_path, person, together) for person in ("ann", "bob", "eve")]
     told = [label for _, pipe in started for label in _received(pipe)]
     for process, _ in started:
         process.join()
@@ -712,7 +731,7 @@ def test_a_killed_process_loses_no_label_that_it_was_told_of(tmp_path: Path):
     queue.add(pairs(200))
     told = []
     for number, person in enumerate(("ann", "bob", "eve")):
-        process, pipe = _started(tmp_path, person)
+        process, pipe = _started(tmp_path, person, CONTEXT.Barrier(1))
         pipe.recv()
         time.sleep(0.02 + 0.013 * number)
         process.kill()
