@@ -166,7 +166,7 @@ class Judge:
     def _reply(self, question: str) -> Reply:
         """From the cache, where it was answered before."""
         config = self._config
-        name = content_hash("judge", config.model, self._template, config.temperature, config.max_tokens, question)
+        name = content_hash("judge", config.model, config.temperature, config.max_tokens, question)
         cached = self._cached(f"{name}.json")
         if cached is not None and verdict(cached) is not None:
             return Reply(cached, requests=0)

@@ -206,8 +206,8 @@ def test_the_nucleus_is_taken_at_the_temperature_row_by_row():
 
 
 def test_a_row_without_top_p_is_the_same_beside_one_with_it():
-    """A sum of float32 reaches 1 before the rarest tokens."""
-    logits = torch.cat([torch.zeros(50), torch.full((50,), -40.0)]).expand(2, -1)
+    """Three times a third is more than 1 in float32, before the rarest tokens are counted."""
+    logits = torch.cat([torch.zeros(3), torch.full((50,), -40.0)]).expand(2, -1)
     found = nucleus(logits, torch.ones(2), torch.tensor([1.0, 0.99]))
     assert torch.equal(found[0], logits[0])
     assert (found[1] == -math.inf).sum() == 50

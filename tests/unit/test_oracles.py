@@ -14,7 +14,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from dpo_ray.acquisition import oracles
 from dpo_ray.acquisition.answers import Answer, by_gap
@@ -306,6 +306,20 @@ def test_turns_go_through_the_chat_template_and_else_read_as_text(save: Callable
     [answer] = ask(RewardModelOracleConfig(path=str(folder)), [candidate])
     gap = reward(folder, "user: Hi\n\nassistant: Hello!") - reward(folder, "user: Hi\n\nassistant: Go away, please.")
     assert answer.margin == pytest.approx(abs(gap), rel=1e-4)
+
+
+def test_the_beginning_token_stands_once_whoever_writes_it(save: Callable[..., Path]):
+    folder = save(template="<s>" + TEMPLATE)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    candidates = [Candidate((user("Hi"),), (assistant("Hello!"),), (assistant("No."),)), Candidate("Hi ", "you", "me")]
+    turns, text = ask(RewardModelOracleConfig(path=str(folder)), candidates)
+    gap = reward(folder, "<user>Hi<assistant>Hello!") - reward(folder, "<user>Hi<assistant>No.")
+    assert turns.margin == pytest.approx(abs(gap), rel=1e-4)
+    assert text.margin == pytest.approx(abs(reward(folder, "Hi you") - reward(folder, "Hi me")), rel=1e-4)
 
 
 def test_tools_reach_the_template_and_its_refusal_names_the_pair(save: Callable[..., Path]):
