@@ -82,13 +82,12 @@ class Arm:
         self.task = task._replace(run=task.run.model_copy(update={"acquire": own}))
         self.folder = task.folder / f"seed-{seed}" / strategy
         self._display, self._interrupt = display, interrupt
-        self._rounds = [self.folder / name for name in self.folder.folders() if name.startswith("round-")]
         self.asked: dict[str, Answer] = {}
         for line in read_lines(_read(self.folder, LABELS_FILE)):
             self.asked[line["candidate_id"]] = Answer(**{name: line[name] for name in Answer._fields})
         self.known: dict[str, Candidate] = {candidate.candidate_id: candidate for candidate in task.pool.candidates}
-        for folder in self._rounds:
-            self.known |= {c.candidate_id: c for c in _candidates_of(folder)}
+        for name in self.folder.folders():
+            self.known |= {c.candidate_id: c for c in _candidates_of(self.folder / name)}
 
     @property
     def _acquire(self) -> AcquireConfig:
@@ -131,7 +130,7 @@ class Arm:
         scored = time.monotonic()
         self._check()
         fresh = [self.known[choice.candidate_id] for choice in chosen.choices]
-        self._ask(folder, fresh, number)
+        self._ask(fresh, number)
         answered = time.monotonic()
         self._check()
         pairs = self._pairs(chosen.pseudo)
@@ -250,7 +249,7 @@ class Arm:
 
     # Asking
 
-    def _ask(self, folder: Folder, candidates: Sequence[Candidate], number: int) -> None:
+    def _ask(self, candidates: Sequence[Candidate], number: int) -> None:
         """Ask for those that have no answer yet; each answer is on disk before the next counts."""
         waiting = [candidate for candidate in candidates if candidate.candidate_id not in self.asked]
         if not waiting:
