@@ -41,6 +41,7 @@ def why_again(events: Sequence[Mapping[str, Any]]) -> str | None:
     starts = [i for i, event in enumerate(events) if event["kind"] == START]
     if not starts:
         return None
-    causes = [event["cause"] for event in events[starts[-1] + 1 :] if event["kind"] == LOSS]
-    resumed = any(event["kind"] == RESUME for event in events[starts[-1] + 1 :])
-    return "; ".join(dict.fromkeys(causes)) or ("continued with --resume" if resumed else "for an unknown reason")
+    # A driver that dies takes the workers along, which the controller may or may not see before its own end.
+    since = events[starts[-1] + 1 :]
+    causes = ["continued with --resume" if event["kind"] == RESUME else event["cause"] for event in since]
+    return "; ".join(dict.fromkeys(causes)) or "for an unknown reason"

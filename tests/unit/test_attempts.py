@@ -60,6 +60,7 @@ def test_lost_steps_are_those_done_again():
         ([FIRST, event(LOSS, cause="worker 1 died")], "worker 1 died"),
         ([FIRST, event(LOSS, cause="a"), event(LOSS, cause="a"), event(LOSS, cause="b")], "a; b"),
         ([FIRST, event(LOSS, cause="old"), event(START, step=1, reached=1), event(RESUME)], "continued with --resume"),
+        ([FIRST, event(LOSS, cause="workers died"), event(RESUME)], "workers died; continued with --resume"),
         ([FIRST], "for an unknown reason"),
     ],
 )
