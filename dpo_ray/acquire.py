@@ -66,8 +66,7 @@ def acquire(
         connect()
         gpus = check_cluster(run)
         display.phase("reading the pool")
-        encoder = encoder_of(run)
-        pool = load_candidates(run, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
+        pool, encoder = read_pool(run)
         before = folder.read_json(ACQUIRE_FILE)["pool"] if folder.exists(ACQUIRE_FILE) else pool.report
         if before["fingerprint"] != pool.fingerprint:
             raise InputError("cannot resume: the pool is not what the acquisition was started with")
@@ -89,8 +88,7 @@ def plan(run: RunConfig, strategies: Sequence[str], num_seeds: int) -> dict[str,
         raise InputError("the recipe has no `acquire` section")
     strategies = list(dict.fromkeys(strategies or [run.acquire.strategy]))
     check(run, strategies)
-    encoder = encoder_of(run)
-    pool = load_candidates(run, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
+    pool, _ = read_pool(run)
     rounds = -(-run.acquire.budget // run.acquire.labels_per_round)
     return {
         "pool": pool.report,
@@ -124,6 +122,12 @@ def check(run: RunConfig, strategies: Sequence[str]) -> None:
         raise InputError(f"`loss.kind`: {run.loss.kind} has no reference, by which strategies rank")
     if config.pool.kind == "prompts" and config.pool.pairing == "best_vs_worst":
         raise InputError("`acquire.pool.pairing`: best_vs_worst needs scores, and a pool of prompts has none")
+
+
+def read_pool(run: RunConfig) -> tuple[Pool, PairEncoder]:
+    """The pool of a resolved recipe, without what the model's tokenizer cannot encode, and the encoder."""
+    encoder = encoder_of(run)
+    return load_candidates(run, is_usable=lambda pair: bool(encoder.encode([pair]).pairs)), encoder
 
 
 def encoder_of(run: RunConfig) -> PairEncoder:
@@ -191,9 +195,8 @@ class State:
         """Write, report, close the tracked run."""
         tree = self.write(status)
         if any(arm["rounds"] for arm in tree["arms"]):
-            for path in write_acquire_report(self.folder.path):
-                if path.endswith(".html"):
-                    self.tracker.log_file(self.folder.read(path.rpartition("/")[2]).decode(), "report.html")
+            write_acquire_report(self.folder.path)
+            self.tracker.log_file(self.folder.read("report.html").decode(), "report.html")
         models = [arm["rounds"][-1]["model"] for arm in tree["arms"] if arm["rounds"]]
         if status == "completed" and self._register_as and len(models) == 1 and models[0]:
             self.tracker.register(models[0], self._register_as)
@@ -231,8 +234,7 @@ class SeedRunner:
         self, run: RunConfig, folder: str, gpus: float, tags: Mapping[str, str], strategies: list[str], seed: int
     ) -> str:
         """Run the arms of a seed; how it ended."""
-        encoder = encoder_of(run)
-        pool = load_candidates(run, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
+        pool, encoder = read_pool(run)
         try:
             run_seed(Task(run, pool, encoder, Folder(folder), gpus, tags), strategies, seed, Silent(), self._interrupt)
         except Interrupted:

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpo_ray.actor_pool import on_actors
 from dpo_ray.errors import InputError
 from dpo_ray.models import (
     DTYPES,
@@ -678,21 +679,15 @@ def generate(
     if engine == "vllm":
         choose_engine(engine, model)  # before a cluster is asked for anything
     blocks = _blocks(prompts, num_responses)
-    import ray.data
-
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    most = min(num_actors, len(blocks))
-    written = ray.data.from_arrow(blocks).map_batches(
+    written = on_actors(
+        blocks,
         ResponseGenerator,
-        fn_constructor_args=(model, precision),
-        fn_constructor_kwargs={"engine": engine, "max_length": max(map(len, prompts)) + sampling.max_tokens},
-        fn_kwargs={"num_responses": num_responses, "sampling": sampling, "seed": seed},
-        batch_format="pyarrow",
-        batch_size=None,  # a block is a call
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
-        num_cpus=cpus_per_actor / 2,  # Ray Data needs a part of the cluster for itself
-        num_gpus=gpus_per_actor,
+        constructor=(model, precision),
+        constructor_options={"engine": engine, "max_length": max(map(len, prompts)) + sampling.max_tokens},
+        call_options={"num_responses": num_responses, "sampling": sampling, "seed": seed},
+        num_actors=num_actors,
+        cpus_per_actor=cpus_per_actor,
+        gpus_per_actor=gpus_per_actor,
     )
     found: dict[int, Responses] = {}
     for table in written.iter_batches(batch_format="pyarrow", batch_size=None):

@@ -7,7 +7,6 @@ run, trial or node; parts are written whole or not at all, so a pass that was br
 
 import dataclasses
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from dpo_ray.actor_pool import on_actors
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import Lengths, make_batch, plan_step
 from dpo_ray.errors import RunFailed
@@ -34,8 +34,6 @@ from dpo_ray.models import (
 )
 from dpo_ray.pairs import Ids, PairBatch, PromptBranches, TokenizedPair
 from dpo_ray.storage import Folder
-
-logger = logging.getLogger(__name__)
 
 PROMPTS_PER_PART = 512
 """Most prompts of one call of a scorer, and so of one file; a pass that is broken off loses at most this much per
@@ -359,20 +357,13 @@ def score_responses(
     errors: dict[bytes, str] = {}
     if missing:
         blocks = _blocks([(wanted[key], numbers) for key, numbers in missing.items()], run)
-        import ray.data
-
-        ray.data.DataContext.get_current().enable_progress_bars = False  # the caller shows its own
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        most = min(run.cluster.num_workers, len(blocks))
-        scored = ray.data.from_arrow(blocks).map_batches(
+        scored = on_actors(
+            blocks,
             ScoringActor,
-            fn_constructor_args=(views, run.engine.precision, run.batch),
-            batch_format="pyarrow",
-            batch_size=None,  # a block is a call: one part of the store
-            # All are asked for at once; a busy cluster gives what it has, and the pass goes on with those.
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=most, initial_size=most),
-            num_cpus=run.cluster.cpus_per_worker / 2,  # Ray Data needs a part of the cluster for itself
-            num_gpus=gpus_per_actor,
+            constructor=(views, run.engine.precision, run.batch),
+            num_actors=run.cluster.num_workers,
+            cpus_per_actor=run.cluster.cpus_per_worker,
+            gpus_per_actor=gpus_per_actor,
         )
         for row in scored.iter_rows():
             done += row["computed"]

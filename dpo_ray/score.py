@@ -14,12 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_ray.acquire import check, encoder_of
+from dpo_ray.acquire import check, read_pool
 from dpo_ray.acquisition import scores
 from dpo_ray.acquisition.answers import plain_text
 from dpo_ray.acquisition.choose import choose
 from dpo_ray.acquisition.features import Encoded, Models, columns_for, gather
-from dpo_ray.acquisition.pool import load_candidates
 from dpo_ray.acquisition.rounds import batch_rule, limits_of
 from dpo_ray.acquisition.samples import written
 from dpo_ray.acquisition.scores import STRATEGIES, Ask, Features
@@ -64,9 +63,8 @@ def score_pool(
     folder.check_writable()
     connect()
     gpus = check_cluster(run)
-    encoder = encoder_of(run)
     display.phase("reading the pool")
-    pool = load_candidates(run, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
+    pool, encoder = read_pool(run)
     base = policy_source(run.model)
     policy = base if model is None else _policy(model, run)
     models = Models(policy, reference_source(run) or base)

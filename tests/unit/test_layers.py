@@ -23,7 +23,7 @@ LAYERS = {
         *("page", "report", "study", "study_findings", "study_panels", "study_report", "acquire_report"),
         *("acquisition.pool", "acquisition.answers"),
     ],
-    "machinery": ["engine", "engine_state", "reference", "generate"],
+    "machinery": ["actor_pool", "engine", "engine_state", "reference", "generate"],
     "procedure": [
         *("train", "uploads", "evaluate", "acquisition.samples", "acquisition.features", "acquisition.oracles"),
         *("acquisition.judge", "acquisition.chat", "acquisition.label_queue"),
