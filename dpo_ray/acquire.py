@@ -17,11 +17,11 @@ from dpo_ray.acquisition.features import columns_for
 from dpo_ray.acquisition.pool import Pool, load_candidates
 from dpo_ray.acquisition.rounds import HELD_OUT_FILE, Arm, Interrupted, Task, batch_rule, limits_of, results_of
 from dpo_ray.acquisition.scores import STRATEGIES, options_of
-from dpo_ray.config import RunConfig
+from dpo_ray.config import RECIPE_FILE, RunConfig
 from dpo_ray.data.encode import PairEncoder
 from dpo_ray.data.formats import to_row
 from dpo_ray.errors import InputError, RunFailed
-from dpo_ray.launch import RECIPE_FILE, Display, Interrupt, Silent, check_cluster
+from dpo_ray.launch import Display, Interrupt, Silent, check_cluster
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import end_token_ids, load_tokenizer, policy_source
 from dpo_ray.prepare import check_recipe, reference_source, resolve

@@ -279,15 +279,12 @@ def evaluate(
 ) -> None:
     """Held-out metrics of a model against its reference."""
     from dpo_ray.evaluate.held_out import evaluate_model
-    from dpo_ray.launch import RECIPE_FILE, check_cluster
-    from dpo_ray.models import ModelSource
-    from dpo_ray.prepare import prepare, reference_source, resolve
-    from dpo_ray.storage import Folder
+    from dpo_ray.launch import check_cluster
+    from dpo_ray.prepare import is_run, model_of, prepare, recipe_of, reference_source, resolve
 
     laid_over = dict(map(parse_override, overrides or []))
     if reference is not None:
         laid_over["reference.path"] = reference
-    is_run = Folder(model).exists(RECIPE_FILE)
     if data is not None:
         tree = {
             "name": "evaluate",
@@ -299,11 +296,11 @@ def evaluate(
             raise InputError("--data needs --reference: the model that rewards are measured against")
     elif recipe is not None:
         run = load_run(recipe, laid_over)
-    elif is_run:
+    elif is_run(model):
         run = recipe_of(model, laid_over)
     else:
         raise InputError(f"{model} is not a run folder: give --recipe, or --data and --reference")
-    source = ModelSource(f"{model}/model" if is_run else model, None, run.model.trust_remote_code)
+    source = model_of(model, run.model.trust_remote_code)
     run = resolve(run)
     with result_stream(as_json) as emit, Live() as display:
         prepared = prepare(run)
@@ -325,23 +322,94 @@ def evaluate(
 
 @app.command()
 @explained
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(help="A run folder, a model folder, a hub id, or models:/name@alias.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What requests call it; default: the name of the run.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="What rewards are measured against; default: the run's.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A further LoRA adapter on the same weights.")
+    ] = None,
+    also: Annotated[list[str] | None, typer.Option(metavar="NAME=MODEL", help="A further model.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=A:0.9,B:0.1", help="A/B: a name, and who answers what share.")
+    ] = None,
+    preferences: Annotated[
+        str, typer.Option(help="Folder that collects preferences; `none`: takes none and compares nothing.")
+    ] = "runs/preferences",
+    queue: Annotated[Path | None, typer.Option(help="The `queue` folder of an acquisition, to be labelled.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="YAML file of API keys, by their hashes.")] = None,
+    new_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Print a new key and the entry of it for --keys; serve nothing.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Answer anybody, on loopback only.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    cors: Annotated[list[str] | None, typer.Option(help="Origin whose pages may ask.")] = None,
+    replicas: Annotated[str, typer.Option(help="Engines of each model: 2, or 1:4 to scale by the load.")] = "1",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Such as concurrency=64, limits.max_tokens=512."),
+    ] = None,
+    log_text: Annotated[bool, typer.Option("--log-text", help="Write prompts and answers into the log.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it serves; again: a rolling update.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="Stop the service on the cluster.")] = False,
+    address: Address = None,
+) -> None:
+    """Host a model over HTTP: OpenAI's API, rewards, preferences, and pages to chat, compare and label."""
+    from serve.command import Wanted, deploy, print_new_key, stop_service
+
+    if new_key is not None:
+        print_new_key(new_key)
+        return
+    if stop:
+        connect(address)
+        stop_service()
+        return
+    if model is None:
+        raise InputError("serve what? A run folder, a model folder, a hub id, or models:/name@alias")
+    wanted = Wanted(
+        model=model,
+        name=name,
+        reference=reference,
+        adapters=tuple(adapter or ()),
+        also=tuple(also or ()),
+        split=tuple(split or ()),
+        preferences=None if preferences == "none" else preferences,
+        queue=queue,
+        keys=keys,
+        insecure=insecure,
+        host=host,
+        port=port,
+        cors=tuple(cors or ()),
+        replicas=replicas,
+        settings=tuple(map(parse_override, setting or ())),
+        log_text=log_text,
+    )
+    deploy(wanted, tell=say, connect=lambda: connect(address), is_detached=detach)
+
+
+@app.command()
+@explained
 def export(
     run_dir: Annotated[str, typer.Argument(help="A run folder.")],
     output: Annotated[str | None, typer.Option(help="Where to; default: RUN_DIR/model.")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of this step; default: the best, else the last.")] = None,
 ) -> None:
     """Write the model of a checkpoint as a Hugging Face folder."""
-    from dpo_ray.launch import RECIPE_FILE, SUMMARY_FILE, write_model
+    from dpo_ray.launch import SUMMARY_FILE, write_model
+    from dpo_ray.prepare import recipe_of
     from dpo_ray.storage import Folder
 
-    folder = Folder(run_dir)
-    if not folder.exists(RECIPE_FILE):
-        raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE_FILE}")
+    folder, run = Folder(run_dir), recipe_of(run_dir)
     summary = folder.read_json(SUMMARY_FILE) if folder.exists(SUMMARY_FILE) else None
     target = Folder(output) if output else folder / "model"
     if output and target.names():
         raise InputError(f"{output} is not empty")
-    chosen = write_model(folder, recipe_of(run_dir), target, summary, step)
+    chosen = write_model(folder, run, target, summary, step)
     console.print(f"checkpoint of step {chosen} -> {target.path}", highlight=False)
 
 
@@ -422,6 +490,11 @@ def options(
     """Align language models with preferences on a Ray cluster."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s")
     os.environ["DPO_RAY_VERBOSE"] = "1" if verbose else "0"
+
+
+def say(text: str) -> None:
+    """A line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def connect(address: str | None) -> None:
@@ -681,13 +754,3 @@ def show_checks(found: list[dict[str, Any]]) -> None:
         told = check["found"] if check["is_ok"] else f"{check['found']}: {check['advice']}"
         table.add_row("ok" if check["is_ok"] else "MISSING", check["name"], told)
     Console().print(table)
-
-
-def recipe_of(run_dir: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """The recipe that a run folder, local or remote, was written with."""
-    import yaml
-
-    from dpo_ray.launch import RECIPE_FILE
-    from dpo_ray.storage import Folder
-
-    return parse_run(yaml.safe_load(Folder(run_dir).read(RECIPE_FILE)), overrides)

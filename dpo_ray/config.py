@@ -30,6 +30,10 @@ Format = Literal[
 ]
 
 
+RECIPE_FILE = "recipe.yaml"
+"""Of a run folder: the recipe as resolved."""
+
+
 class Config(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 

@@ -69,6 +69,16 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     """Tokens are drawn from the smallest set that has this probability, at the temperature."""
 
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that the response has already, as in OpenAI's API."""
+
+    frequency_penalty: float = 0.0
+    """Taken off it once more for each time that it has come."""
+
+    @property
+    def is_penalised(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty)
+
 
 class Generated(NamedTuple):
     """A response that a model wrote."""
@@ -156,7 +166,9 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def draw(logits: Tensor, keys: Tensor, temperature: Tensor, top_p: Tensor | None) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, keys: Tensor, temperature: Tensor, top_p: Tensor | None, penalised: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw a token of each row by the Gumbel-max trick: argmax(logits / T + G) is a sample of softmax(logits / T).
 
     Gumbel 1954; see Maddison, Tarlow and Minka 2014 (arXiv:1411.0030), section 2. Scaled by T, it takes T = 0.
@@ -166,11 +178,13 @@ def draw(logits: Tensor, keys: Tensor, temperature: Tensor, top_p: Tensor | None
         keys: [B] int64, the bits of `position_keys`.
         temperature: [B] float32, at least 0.
         top_p: [B] float32 in (0, 1]; None is 1 everywhere.
+        penalised: Logits [B, V] to draw from instead; see `penalise`.
 
     Returns:
         Tokens [B] int64, and their log-probs under softmax(logits) [B] float32.
     """
-    allowed = logits if top_p is None else nucleus(logits, temperature, top_p)
+    allowed = logits if penalised is None else penalised
+    allowed = allowed if top_p is None else nucleus(allowed, temperature, top_p)
     tokens = (allowed + temperature[:, None] * gumbel_noise(keys, logits.shape[-1])).argmax(-1)
     return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
@@ -188,6 +202,22 @@ def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
     return logits.masked_fill((probs < last[:, None]) & (top_p[:, None] < 1), -math.inf)
 
 
+def penalise(logits: Tensor, drawn: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> Tensor | None:
+    """Logits [B, V] less the penalties on the tokens that each row's response has already; None without any.
+
+    With c(v) the times that token v has come: logit(v) - frequency_penalty c(v) - presence_penalty [c(v) > 0], as the
+    OpenAI API reference says.
+    """
+    if not any(sampling.is_penalised for sampling in samplings):
+        return None
+    result = logits.clone()
+    for row, (tokens, sampling) in enumerate(zip(drawn, samplings, strict=True)):
+        if tokens and sampling.is_penalised:
+            counts = torch.bincount(torch.tensor(tokens, device=logits.device), minlength=logits.shape[-1])
+            result[row] -= sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
+    return result
+
+
 class RequestSampler:
     """Draws the next tokens of a batch of continuous batching, each by its request's own seed.
 
@@ -202,6 +232,8 @@ class RequestSampler:
     def __init__(self) -> None:
         self._arguments: Tensor | None = None
         self._has_top_p = False
+        self._samplings: list[Sampling] = []
+        self._drawn: list[Sequence[int]] = []
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Any request of ours is right."""
@@ -221,7 +253,11 @@ class RequestSampler:
         rows[2] = np.array([w.sampling.temperature for w in wanted], np.float32).view(np.int32)
         rows[3] = np.array([w.sampling.top_p for w in wanted], np.float32).view(np.int32)
         arg_storage[:, : len(states)] = torch.from_numpy(rows).to(arg_storage.device)
-        self._has_top_p = any(w.sampling.top_p < 1 for w in wanted)
+        self._samplings = [w.sampling for w in wanted]
+        self._has_top_p = any(sampling.top_p < 1 for sampling in self._samplings)
+        self._drawn = [
+            _drawn(state) if w.sampling.is_penalised else () for w, state in zip(wanted, states, strict=True)
+        ]
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
@@ -234,12 +270,46 @@ class RequestSampler:
         [2, most tokens] int32."""
         assert self._arguments is not None
         logits = scores[0]
+        penalised = penalise(logits[: len(self._drawn)], self._drawn, self._samplings)
+        if penalised is not None:
+            penalised = torch.cat((penalised, logits[len(self._drawn) :]))  # rows that no request has
         arguments = self._arguments[:, : len(logits)]
         keys = arguments[:2].T.contiguous().view(torch.int64).squeeze(-1)
         temperature, top_p = arguments[2:].view(torch.float32)
-        tokens, logps = draw(logits, keys, temperature, top_p if self._has_top_p else None)
+        tokens, logps = draw(logits, keys, temperature, top_p if self._has_top_p else None, penalised)
         output_ids[0, : len(tokens)] = tokens
         output_ids[1, : len(tokens)] = logps.view(torch.int32)
+
+
+def _drawn(state: Any) -> list[int]:
+    """The tokens of a request's response so far, also when it was put off and begun anew behind its own tokens."""
+    before: int = state._true_initial_tokens
+    drawn: list[int] = (state.initial_tokens[before:] if before else []) + state.generated_tokens
+    return drawn
+
+
+class Progress(NamedTuple):
+    """A response while it is written."""
+
+    name: str
+    """Of its request."""
+    ids: Sequence[int]
+    """All tokens so far."""
+    logps: Sequence[float]
+    """Log p of each under the model itself, nats."""
+    is_done: bool
+    error: str | None = None
+
+
+class Load(NamedTuple):
+    """What continuous batching is at."""
+
+    running: int
+    waiting: int
+    cache_used: float
+    """Share of the cache that requests hold. What is kept for later requests that begin alike makes room for them."""
+    steps: int
+    """Forward passes since the start."""
 
 
 class ContinuousBatching:
@@ -252,18 +322,30 @@ class ContinuousBatching:
         model: A causal language model, on its device. Its attention may be exchanged for a faster one.
         longest: Most tokens of a request, prompt and response.
         concurrency: Most requests at work together.
+        cache_tokens: Prompt and response tokens that there is room for; default: of so many requests, each the longest.
+            When it is full, requests are put off and begun anew.
     """
 
-    def __init__(self, model: Any, end_tokens: frozenset[int], *, longest: int, concurrency: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        end_tokens: frozenset[int],
+        *,
+        longest: int,
+        concurrency: int,
+        cache_tokens: int | None = None,
+    ) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         kind = model.device.type
+        page = PAGE_TOKENS[kind]
+        pages = concurrency * -(-longest // page) if cache_tokens is None else -(-max(cache_tokens, longest) // page)
         self._end_tokens, self._open, self._is_started = end_tokens, set[str](), False
         self._manager: Any = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS[kind],
-                num_blocks=concurrency * -(-longest // PAGE_TOKENS[kind]) + SPARE_PAGES,
+                page_size=page,
+                num_blocks=pages + SPARE_PAGES,
                 max_batch_tokens=BATCH_TOKENS[kind],
                 max_requests_per_batch=concurrency,
                 return_logprobs=True,
@@ -289,18 +371,59 @@ class ContinuousBatching:
     def submit(self, name: str, request: Request) -> None:
         """Queue a request under a name that no other has."""
         self._open.add(name)
+        self._add(name, request, streaming=False)
+
+    def stream(self, name: str, request: Request, deliver: Callable[[Progress], object], *, by_token: bool) -> None:
+        """Queue a request from within an event loop, which calls `deliver` as the response is written.
+
+        Args:
+            by_token: After every token; else once, at the end.
+        """
+
+        def tell(output: Any) -> None:
+            error = None if output.error is None else _one_line(output.error)
+            deliver(Progress(name, output.generated_tokens, output.logprobs, output.is_finished(), error))
+
+        self._manager.register_result_handler(name, tell)
+        self._add(name, request, streaming=by_token)
+
+    def cancel(self, name: str) -> None:
+        """Stop a request that was streamed; it delivers no more, and its part of the cache is free at the next step."""
+        router = self._manager.output_router
+        with router._lock:
+            known = router.result_handlers.pop(name, None)
+        if known is not None:
+            self._manager.cancel_request(name)
+
+    @property
+    def load(self) -> Load:
+        processor = self._manager.batch_processor
+        waiting = len(processor.scheduler.waiting_requests) + self._manager.input_queue.qsize()
+        parts = processor.cache.cache_allocators.values()
+        held = sum(len(blocks) for part in parts for blocks in list(part.block_table.values()))
+        used = held / sum(part.num_blocks for part in parts)
+        return Load(len(processor.scheduler.active_requests), waiting, used, self._manager.current_batch)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the loop lives: an error ends it, and with it all that were at work."""
+        return bool(self._manager.is_running())
+
+    def start(self) -> None:
+        """Begin, with what was submitted so far."""
+        self._is_started = True
+        self._manager.current_batch = 0
+        self._manager.start()
+
+    def _add(self, name: str, request: Request, *, streaming: bool) -> None:
         self._manager.add_request(
             request.prompt_ids.tolist(),
             request_id=name,
             max_new_tokens=request.sampling.max_tokens,
             eos_token_id=sorted(self._end_tokens),
+            streaming=streaming,
             request=request,
         )
-
-    def start(self) -> None:
-        """Begin, with what was submitted so far."""
-        self._is_started = True
-        self._manager.start()
 
     def results(self) -> Iterator[tuple[str, Generated | str]]:
         """What comes of each request, by its name and in the order of their ends; a text is the reason of a failure.
@@ -397,7 +520,8 @@ class _Draws:
     """The draws of a batch in `generate`: its greedy choice is told which token to take."""
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        self._seeds, samplings = [r.seed for r in requests], [r.sampling for r in requests]
+        self._seeds, self._samplings = [r.seed for r in requests], [r.sampling for r in requests]
+        samplings, self._start = self._samplings, len(requests[0].prompt_ids)
         self._temperature = torch.tensor([s.temperature for s in samplings], device=device)
         self._top_p = torch.tensor([s.top_p for s in samplings], device=device)
         self._has_top_p = any(s.top_p < 1 for s in samplings)
@@ -406,7 +530,9 @@ class _Draws:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         keys = position_keys(self._seeds, [input_ids.shape[1]] * len(input_ids)).view(np.int64)
         top_p = self._top_p if self._has_top_p else None
-        tokens, logps = draw(scores.float(), torch.from_numpy(keys).to(scores.device), self._temperature, top_p)
+        logits = scores.float()
+        penalised = penalise(logits, input_ids[:, self._start :].tolist(), self._samplings)
+        tokens, logps = draw(logits, torch.from_numpy(keys).to(scores.device), self._temperature, top_p, penalised)
         self._logps.append(logps)
         return torch.full_like(scores, -math.inf).scatter_(-1, tokens[:, None], 0.0)
 
@@ -506,6 +632,8 @@ class VllmEngine:
                 self._sampling_params(
                     temperature=request.sampling.temperature,
                     top_p=request.sampling.top_p,
+                    presence_penalty=request.sampling.presence_penalty,
+                    frequency_penalty=request.sampling.frequency_penalty,
                     max_tokens=request.sampling.max_tokens,
                     seed=request.seed,
                     stop_token_ids=sorted(self._end_tokens),

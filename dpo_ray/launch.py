@@ -19,7 +19,7 @@ import yaml
 
 from dpo_ray import attempts, checkpoint, lease, manifest
 from dpo_ray.checkpoint import CHECKPOINTS, MODEL_FOLDER
-from dpo_ray.config import RunConfig
+from dpo_ray.config import RECIPE_FILE, RunConfig
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.lease import Lease
 from dpo_ray.losses import loss_function
@@ -42,7 +42,7 @@ from dpo_ray.train import BAD_FILE, METRICS_FILE, TrainJob, train_loop
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, DATA_REPORT_FILE, SUMMARY_FILE = "recipe.yaml", "data_report.json", "summary.json"
+DATA_REPORT_FILE, SUMMARY_FILE = "data_report.json", "summary.json"
 FOLLOW_INTERVAL_S, FOLLOW_REMOTE_INTERVAL_S = 0.3, 5.0
 """How often the driver looks for new metrics; an object store is asked, and paid, for every look."""
 

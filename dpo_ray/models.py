@@ -4,6 +4,7 @@
 log-probs of its responses out. It knows nothing of losses, sharding or Ray.
 """
 
+import copy
 import hashlib
 import json
 import logging
@@ -293,7 +294,7 @@ def weights_fingerprint(source: ModelSource) -> str:
     config.pop("base_model_name_or_path", None)  # the base counts by its weights, wherever it lies
     digest.update(json.dumps(config, sort_keys=True).encode())
     if adapter.exists():
-        digest.update(weights_fingerprint(_adapter_base(folder, source)).encode())
+        digest.update(weights_fingerprint(adapter_base(folder, source)).encode())
     return digest.hexdigest()
 
 
@@ -325,7 +326,7 @@ def read_config(source: ModelSource) -> Any:
 
     folder = local_folder(source)
     if (folder / "adapter_config.json").exists():
-        return read_config(_adapter_base(folder, source))
+        return read_config(adapter_base(folder, source))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -345,7 +346,7 @@ def load_language_model(source: ModelSource, precision: str) -> Any:
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
-        base = load_language_model(_adapter_base(folder, source), precision)
+        base = load_language_model(adapter_base(folder, source), precision)
         return PeftModel.from_pretrained(base, folder).merge_and_unload()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -355,6 +356,13 @@ def load_language_model(source: ModelSource, precision: str) -> Any:
         raise InputError(f"cannot load {source.path}: {' '.join(str(error).split())[:300]}") from None
     _disable_dropout(model)
     return model
+
+
+def shared_copy(model: Any) -> Any:
+    """A second model on the same tensors: its modules and its configuration are its own, so its attention may be
+    exchanged, or an adapter put into it, and the first does not notice."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 class Loaded(NamedTuple):
@@ -372,7 +380,7 @@ def load_to_score(sources: Sequence[ModelSource], precision: str) -> list[Loaded
     for source in sources:
         folder = local_folder(source)
         if (folder / "adapter_config.json").exists():
-            base = next((s for s in sources if prints[s] == weights_fingerprint(_adapter_base(folder, source))), None)
+            base = next((s for s in sources if prints[s] == weights_fingerprint(adapter_base(folder, source))), None)
             if base is not None and base not in found:
                 from peft import PeftModel
 
@@ -416,7 +424,7 @@ def _add_lora(model: Any, config: "LoraConfig", seed: int) -> Any:
         raise InputError(f"`model.lora.targets`: {' '.join(str(error).split())[:200]}") from None
 
 
-def _adapter_base(folder: Path, source: ModelSource) -> ModelSource:
+def adapter_base(folder: Path, source: ModelSource) -> ModelSource:
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     return ModelSource(base, None, source.trust_remote_code)
 

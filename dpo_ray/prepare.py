@@ -7,7 +7,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_ray.config import BatchConfig, RunConfig
+import yaml
+
+from dpo_ray.config import RECIPE_FILE, BatchConfig, RunConfig, parse_run
 from dpo_ray.data.batching import StepOrder, lengths_of, plan_step
 from dpo_ray.data.encode import PairEncoder, TokenFiles, TokenTable, encode_to_files
 from dpo_ray.data.mixture import load_pool
@@ -51,6 +53,27 @@ def resolve(run: RunConfig) -> RunConfig:
     data = run.data.model_copy(update={"sources": sources(run.data.sources), "eval": held_out})
     model = run.model.model_copy(update={"path": existing(run.model.path)})
     return run.model_copy(update={"storage": storage, "reference": reference, "data": data, "model": model})
+
+
+def is_run(path: str) -> bool:
+    """Whether a folder, local or remote, is that of a run."""
+    return Folder(path).exists(RECIPE_FILE)
+
+
+def recipe_of(run_dir: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The recipe that a run folder was written with.
+
+    Raises:
+        InputError: It is no run folder.
+    """
+    if not is_run(run_dir):
+        raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE_FILE}")
+    return parse_run(yaml.safe_load(Folder(run_dir).read(RECIPE_FILE)), overrides)
+
+
+def model_of(path: str, trust_remote_code: bool = False) -> ModelSource:
+    """The model that a run wrote, where the path is a run folder; else the model there, or on the hub."""
+    return ModelSource(f"{path}/model" if is_run(path) else path, None, trust_remote_code)
 
 
 def reference_source(run: RunConfig) -> ModelSource | None:

@@ -426,7 +426,7 @@ def _blocks(missing: Sequence[Wanted], run: RunConfig) -> list[pa.Table]:
         (part, numbers)
         for numbers, responses in by_views.items()
         for whole in by_prompt(responses)
-        for part in _fitting(whole, run.batch.tokens_per_device)
+        for part in fitting(whole, run.batch.tokens_per_device)
     ]
     items.sort(key=lambda item: len(item[0].prompt_ids) + sum(map(len, item[0].responses)))
     num_actors = run.cluster.num_workers
@@ -443,7 +443,7 @@ def _blocks(missing: Sequence[Wanted], run: RunConfig) -> list[pa.Table]:
     ]
 
 
-def _fitting(item: PromptBranches, tokens_per_device: int) -> Iterator[PromptBranches]:
+def fitting(item: PromptBranches, tokens_per_device: int) -> Iterator[PromptBranches]:
     """The item in as few parts as fit a device; a single response that does not is a part too."""
     part: list[Ids] = []
     for response in item.responses:

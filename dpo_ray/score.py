@@ -24,9 +24,9 @@ from dpo_ray.acquisition.samples import written
 from dpo_ray.acquisition.scores import STRATEGIES, Ask, Features
 from dpo_ray.config import AcquireConfig, RunConfig
 from dpo_ray.errors import InputError
-from dpo_ray.launch import RECIPE_FILE, Display, Silent, check_cluster
-from dpo_ray.models import ModelSource, policy_source
-from dpo_ray.prepare import reference_source, resolve
+from dpo_ray.launch import Display, Silent, check_cluster
+from dpo_ray.models import policy_source
+from dpo_ray.prepare import model_of, reference_source, resolve
 from dpo_ray.storage import Folder
 
 SCORES_FILE, SCORE_SUMMARY_FILE = "scores.parquet", "scores.json"
@@ -66,7 +66,7 @@ def score_pool(
     display.phase("reading the pool")
     pool, encoder = read_pool(run)
     base = policy_source(run.model)
-    policy = base if model is None else _policy(model, run)
+    policy = base if model is None else model_of(model, run.model.trust_remote_code)
     models = Models(policy, reference_source(run) or base)
     candidates = pool.candidates
     if pool.prompts:
@@ -102,11 +102,6 @@ def score_pool(
     }
     folder.write_json(SCORE_SUMMARY_FILE, summary)
     return summary
-
-
-def _policy(model: str, run: RunConfig) -> ModelSource:
-    path = f"{model}/model" if Folder(model).exists(RECIPE_FILE) else model
-    return ModelSource(path, None, run.model.trust_remote_code)
 
 
 def scored_table(

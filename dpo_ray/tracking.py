@@ -24,6 +24,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import (
@@ -271,6 +272,33 @@ def tracking_uri(run: RunConfig) -> str:
     """The recipe's URI, else MLFLOW_TRACKING_URI, else a SQLite file: beside the runs, or here if those are remote."""
     folder = "." if is_uri(run.storage.path) else run.storage.path
     return run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{absolute(folder)}/mlflow.db"
+
+
+def registered_model(name: str) -> str:
+    """The folder of `models:/name@alias` or `models:/name/version` in MLflow's registry: MLFLOW_TRACKING_URI, else the
+    SQLite file beside the runs in `runs`, or here.
+
+    Raises:
+        InputError: There is no such model, or no registry.
+    """
+    files = [Path("runs/mlflow.db"), Path("mlflow.db")]
+    local = next((f"sqlite:///{file.absolute()}" for file in files if file.exists()), None)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or local
+    if uri is None:
+        raise InputError(f"{name}: no MLflow registry here: set MLFLOW_TRACKING_URI")
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", name)
+    if match is None:
+        raise InputError(f"{name} is no registered model: models:/NAME@ALIAS or models:/NAME/VERSION")
+    _quieten()
+    try:
+        client = MlflowClient(uri)
+        version = match[3] or client.get_model_version_by_alias(match[1], match[2]).version
+        source = str(client.get_model_version(match[1], version).source).removeprefix("file://")
+        if Path(source).is_dir():
+            return source
+        return str(download_artifacts(artifact_uri=client.get_model_version_download_uri(match[1], version)))
+    except _STORE_ERRORS as error:
+        raise InputError(f"{name} is not in the registry at {redacted(uri)}: {_line(error)}") from None
 
 
 def recipe_params(run: RunConfig) -> dict[str, str]:

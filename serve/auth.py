@@ -12,7 +12,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class KeyRing:
     """
 
     def __init__(self, keys: Iterable[ApiKey]) -> None:
-        self._keys = tuple(keys)
+        self._keys = tuple(dict.fromkeys(keys))
         for field in ("name", "sha256"):
             values = [getattr(key, field) for key in self._keys]
             for key in self._keys:
@@ -67,6 +67,9 @@ class KeyRing:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def __iter__(self) -> Iterator[ApiKey]:
+        return iter(self._keys)
 
     def find(self, secret: str) -> ApiKey | None:
         """The key of a secret. Takes as long for a wrong one as for any right one."""
@@ -151,6 +154,13 @@ class Meter:
                 self._bucket(key, limit, now).take(amount, now)
             self._at_work[key.name] = self._at_work.get(key.name, 0) + 1
             return None
+
+    def charge(self, key: ApiKey, tokens: int) -> None:
+        """Count more tokens, or fewer where there are less than was thought, of a request that was let in."""
+        with self._lock:
+            if key.tokens_per_minute is not None:
+                now = self._clock()
+                self._bucket(key, "tokens_per_minute", now).take(tokens, now)
 
     def leave(self, key: ApiKey) -> None:
         """A request that was let in has ended."""

@@ -29,6 +29,10 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross processes: the arguments by name, which pickle would lose."""
+        return _rebuilt, (self.status, self.message, self.param, self.code, self.retry_after_s)
+
     @property
     def kind(self) -> str:
         """OpenAI's `type` of the error."""
@@ -41,6 +45,10 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def _rebuilt(status: int, message: str, param: str | None, code: str | None, retry_after_s: float | None) -> ApiError:
+    return ApiError(status, message, param=param, code=code, retry_after_s=retry_after_s)
 
 
 class Strict(BaseModel):
@@ -158,6 +166,32 @@ class CompletionRequest(SamplingRequest):
         return self.logprobs is not None
 
 
+class RewardItem(Strict):
+    """A prompt, as text or as messages, and responses to it."""
+
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    responses: list[str] = Field(min_length=1, max_length=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> "RewardItem":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either `prompt` or `messages`")
+        return self
+
+    @property
+    def text(self) -> str | tuple[dict[str, Any], ...]:
+        """The prompt, as engines take it."""
+        return self.prompt if self.prompt is not None else tuple(m.turn for m in self.messages or ())
+
+
+class RewardRequest(Strict):
+    """`POST /v1/rewards`."""
+
+    model: str
+    input: list[RewardItem] = Field(min_length=1, max_length=64)
+
+
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "tool_choice": (None, "none", "auto"),
@@ -192,7 +226,8 @@ def read(kind: type[Request], body: bytes) -> Request:
     """
     try:
         tree = json.loads(body.decode())
-    except UnicodeDecodeError:
+        json.dumps(tree, ensure_ascii=False).encode()  # half a surrogate pair, as an escape, is no character
+    except (UnicodeDecodeError, UnicodeEncodeError):
         raise ApiError(400, "the body is not UTF-8", code="invalid_json") from None
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON", code="invalid_json") from None
@@ -228,6 +263,67 @@ class TokenLogp(NamedTuple):
 
     text: str
     logp: float
+
+
+class Ask(NamedTuple):
+    """What an engine is to write. Values only: it crosses processes."""
+
+    model: str
+    prompts: tuple[str | tuple[dict[str, Any], ...], ...]
+    n: int = 1
+    """Answers to each prompt."""
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stops: tuple[str, ...] = ()
+    seed: int = 0
+    is_stream: bool = False
+    wants_logps: bool = False
+
+
+class Begun(NamedTuple):
+    """An engine has taken a request up."""
+
+    prompt_tokens: int
+
+
+class Piece(NamedTuple):
+    """What has come of an answer since the last piece of it."""
+
+    number: int
+    """From 0: all answers to the first prompt, then to the second."""
+    text: str
+    num_tokens: int
+    finish_reason: Literal["stop", "length"] | None = None
+    logps: Sequence[TokenLogp] | None = None
+
+
+class Reward(NamedTuple):
+    """What a model thinks of a response, against its reference."""
+
+    reward: float
+    """beta (log pi - log pi_ref), nats."""
+    logps: float
+    """Summed log p(response | prompt) under the model."""
+    ref_logps: float
+    num_tokens: int
+    """Of the response, with its end token."""
+
+
+class Load(NamedTuple):
+    """What an engine is at, and has done since its start."""
+
+    running: int
+    """Answers in the batch."""
+    waiting: int
+    cache_used: float
+    """Share of the cache that requests hold."""
+    steps: int
+    tokens: int
+    """Written."""
+    requests: int
 
 
 class Choice(NamedTuple):
@@ -284,6 +380,12 @@ def completion_response(envelope: Envelope, choices: Sequence[Choice], usage: Us
     listed = [_choice(choice, _completion_logprobs) | {"text": choice.text} for choice in choices]
     tree = _tree(envelope, "text_completion", listed)
     return tree if usage is None else tree | {"usage": usage.tree}
+
+
+def rewards_response(envelope: Envelope, rewards: Sequence[Sequence[Reward]]) -> dict[str, Any]:
+    """An answer of `/v1/rewards`, in the order of the request."""
+    data = [{"index": i, "rewards": [reward._asdict() for reward in behind]} for i, behind in enumerate(rewards)]
+    return envelope._asdict() | {"object": "list", "data": data}
 
 
 def models_response(models: Mapping[str, int]) -> dict[str, Any]:

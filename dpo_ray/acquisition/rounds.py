@@ -22,7 +22,7 @@ from dpo_ray.acquisition.oracles import make_oracle
 from dpo_ray.acquisition.pool import Pool
 from dpo_ray.acquisition.samples import written
 from dpo_ray.acquisition.scores import STRATEGIES, Ask, Features, implicit_gaps, pseudo_labels, uniform
-from dpo_ray.config import AcquireConfig, BatchRuleConfig, RunConfig, parse_run
+from dpo_ray.config import RECIPE_FILE, AcquireConfig, BatchRuleConfig, RunConfig, parse_run
 from dpo_ray.data.encode import PairEncoder
 from dpo_ray.data.formats import to_row
 from dpo_ray.launch import Display, Interrupt
@@ -301,7 +301,7 @@ class Arm:
             summary: dict[str, Any] = folder.read_json(launch.SUMMARY_FILE)
             return summary | {"folder": folder.path}
         folder.write_lines(PAIRS_FILE, rows)
-        resume = folder.exists(launch.RECIPE_FILE)
+        resume = folder.exists(RECIPE_FILE)
         result = launch.fit(run, resume=resume, display=self._display, interrupt=self._interrupt, tags=self.task.tags)
         return result.summary | {"folder": folder.path}
 

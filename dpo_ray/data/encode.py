@@ -105,6 +105,13 @@ class PairEncoder:
         text = self._render(pair)
         return np.asarray(self._prompt_ids([text.prompt], [text.is_templated])[0], np.int32)
 
+    def with_response(self, pair: PreferencePair) -> tuple[Ids, Ids]:
+        """Ids of a pair's prompt and of its chosen response, however long they are."""
+        text = self._render(pair)
+        prompt = self._prompt_ids([text.prompt], [text.is_templated])[0]
+        response = self._response_ids([text.chosen], [text.is_templated])[0]
+        return np.asarray(prompt, np.int32), np.asarray(response, np.int32)
+
     def response_text(self, prompt_ids: Ids, response_ids: Ids, *, is_plain: bool) -> str:
         """The text of a response that a model wrote behind a prompt, without its end token.
 

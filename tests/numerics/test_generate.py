@@ -662,6 +662,8 @@ def test_vllm_is_asked_for_the_same_and_its_answers_are_read(vllm: Any, source: 
         {
             "temperature": 0.7,
             "top_p": 0.9,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "max_tokens": 3,
             "seed": request_seed(4, prompt, index),
             "stop_token_ids": [1],
