@@ -105,7 +105,7 @@ class Service:
 
     async def complete(self, request: Request, ask: Ask, shape: "Shape") -> Response:
         """Answer as a stream or whole."""
-        estimate = sum(len(str(prompt)) for prompt in ask.prompts) // CHARS_PER_TOKEN
+        estimate = sum(map(_characters, ask.prompts)) // CHARS_PER_TOKEN
         num_answers = ask.n * len(ask.prompts)
         key = self.enter(request, estimate + num_answers * (ask.max_tokens or 0))
         found = self._metered(request, ask, key, estimate)
@@ -183,6 +183,10 @@ class Service:
     def _tell(self, request: Request, ask: Ask, text: str, usage: Usage) -> None:
         if self.config.log_text:
             request.state.told |= {"prompts": list(ask.prompts), "text": text}
+
+
+def _characters(prompt: str | tuple[dict[str, Any], ...]) -> int:
+    return len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
 
 
 class Shape:
@@ -346,7 +350,7 @@ def _add_rewards(api: FastAPI, service: Service) -> None:
         wanted = await service.read(request, schema.RewardRequest)
         model = service.real_name(wanted.model, request.state.request_id)
         items = [(item.text, tuple(item.responses)) for item in wanted.input]
-        estimate = sum(len(str(text)) + sum(map(len, responses)) for text, responses in items) // CHARS_PER_TOKEN
+        estimate = sum(_characters(text) + sum(map(len, responses)) for text, responses in items) // CHARS_PER_TOKEN
         key = service.enter(request, estimate)
         try:
             found = await unless_gone(request, service.backend.rewards(model, items))

@@ -44,7 +44,7 @@ Page = Any
 
 
 class Watched:
-    """A backend that remembers who wrote what, and can be held after an answer's first character, or made to fail there."""
+    """A backend that remembers who wrote what, and can be held, or fail, after the first character of an answer."""
 
     def __init__(self, backend: LocalBackend) -> None:
         self._backend = backend

@@ -45,6 +45,7 @@ def test_a_task_shows_both_responses_and_how_far_the_work_is(tmp_path: Path):
     assert tree["mine"] == 0
     labels.answer(queue, "ann", shown["id"], "tie")
     assert labels.task(queue, "ann")["mine"] == 1
+    assert labels.task(queue, "bob")["mine"] == 0
 
 
 def test_turns_are_shown_as_turns_with_the_tools_they_call(tmp_path: Path):
