@@ -316,7 +316,7 @@ def _add_completions(api: FastAPI, service: Service) -> None:
             is_stream=wanted.stream,
         )
 
-    @api.post("/v1/chat/completions", **_described(schema.ChatRequest))
+    @api.post("/v1/chat/completions", **_described(schema.ChatRequest, service.names))
     async def chat(request: Request) -> Response:
         wanted = await service.read(request, schema.ChatRequest)
         by = request.state.request_id
@@ -325,7 +325,7 @@ def _add_completions(api: FastAPI, service: Service) -> None:
         envelope = Envelope(f"chatcmpl-{by}", int(time.time()), ask.model)
         return await service.complete(request, ask, Shape(envelope, is_chat=True, wants_usage=wanted.wants_usage))
 
-    @api.post("/v1/completions", **_described(schema.CompletionRequest))
+    @api.post("/v1/completions", **_described(schema.CompletionRequest, service.names))
     async def completions(request: Request) -> Response:
         wanted = await service.read(request, schema.CompletionRequest)
         by = request.state.request_id
@@ -345,7 +345,7 @@ def _add_completions(api: FastAPI, service: Service) -> None:
 
 
 def _add_rewards(api: FastAPI, service: Service) -> None:
-    @api.post("/v1/rewards", **_described(schema.RewardRequest))
+    @api.post("/v1/rewards", **_described(schema.RewardRequest, service.names))
     async def rewards(request: Request) -> Response:
         wanted = await service.read(request, schema.RewardRequest)
         model = service.real_name(wanted.model, request.state.request_id)
@@ -481,9 +481,11 @@ def _add_health(api: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(loads), headers={"content-type": metrics.CONTENT_TYPE})
 
 
-def _described(kind: type[schema.Strict]) -> dict[str, Any]:
-    """What OpenAPI says of a route whose body is read by `schema.read`."""
+def _described(kind: type[schema.Strict], names: Sequence[str] = ()) -> dict[str, Any]:
+    """What OpenAPI says of a route whose body is read by `schema.read`; `names` are those of the models."""
     tree = kind.model_json_schema()
+    if names:
+        tree["properties"]["model"]["enum"] = list(names)
     errors = {code: {"description": told} for code, told in ERRORS.items()}
     return {
         "openapi_extra": {

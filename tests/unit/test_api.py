@@ -4,6 +4,8 @@ import json
 import random
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -380,6 +382,20 @@ def test_a_thousand_bad_bodies_do_no_harm(url: str, engine: Engine):
     assert engine.problem() is None
 
 
+def test_schemathesis_finds_no_failure_of_the_service(engine: Engine, served: ServedModel, tmp_path: Path):
+    """Requests that fit the service's own description, and those that nearly do."""
+    queue = LabelQueue(Folder(str(tmp_path / "queue")), 1, 15.0)
+    queue.add([Candidate.of("Which?", "this", "that")])
+    options = {"queue": tmp_path / "queue", "preferences": str(tmp_path / "kept"), "compare": ("tiny", "tiny")}
+    with running(engine, served, limits=Limits(max_tokens=20), **options) as (url, _):
+        command = [Path(sys.executable).parent / "schemathesis", "run", f"{url}/openapi.json", "--seed", "1"]
+        command += ["--header", f"Authorization: Bearer {SECRET}", "--checks", "not_a_server_error"]
+        command += ["--phases", "coverage,fuzzing", "--max-examples", "6", "--suppress-health-check", "all"]
+        done = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert int(re.search(r"(\d+) generated", done.stdout)[1]) > 300  # type: ignore[index]
+
+
 def test_huge_slow_and_dropped_requests_do_no_harm(url: str, engine: Engine):
     huge = requests.post(
         f"{url}/v1/chat/completions",
@@ -432,7 +448,9 @@ def test_logs_have_no_text_unless_asked(engine: Engine, served: ServedModel, cap
 
 
 def test_metrics_count_and_hold_no_text(url: str):
-    requests.post(f"{url}/v1/chat/completions", json=CHAT | {"stream": True}, headers=BEARER, timeout=30).content
+    requests.post(
+        f"{url}/v1/chat/completions", json=CHAT | {"stream": True}, headers=BEARER, timeout=30
+    ).raise_for_status()
     text = requests.get(f"{url}/metrics", headers=BEARER, timeout=30).text
     for name in ("requests_total", "time_to_first_token_seconds_count", "cache_used_ratio", "engine_tokens"):
         assert re.search(rf"^dpo_ray_{name}\{{.*\}} [0-9.e+]+$", text, re.MULTILINE), name
