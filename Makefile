@@ -33,7 +33,7 @@ check: $(INSTALLED) ## Formatting, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not browser"
 
 format: $(INSTALLED) ## Format the code and fix what lint can fix
 	$(BIN)/ruff format .

@@ -384,6 +384,11 @@ def _add_preferences(api: FastAPI, service: Service) -> None:
         need(service.store, "preferences")
         return compare.sides(service.secret or b"", comparison, need(service.config.compare, "compare"))
 
+    def learnt(messages: list[schema.Message], *names: str) -> str | list[schema.Message]:
+        """The prompt as these models would be trained on it: the bare text, where they only continue text."""
+        continues = all(service.config.model_behind(name).chat == "plain" for name in names)
+        return messages[0].text if continues and len(messages) == 1 else messages
+
     @api.post("/v1/preferences", status_code=201, **_described(compare.PreferenceRequest))
     async def preferences(request: Request) -> Response:
         need(service.store, "preferences")
@@ -409,7 +414,9 @@ def _add_preferences(api: FastAPI, service: Service) -> None:
     async def vote(request: Request) -> Response:
         wanted = await service.read(request, compare.VoteRequest)
         left, right = sides(wanted.comparison)
-        found = await record(request, wanted.named((left, right)), wanted.comparison)
+        named = wanted.named((left, right))
+        written = learnt(wanted.messages, left, right)
+        found = await record(request, named.model_copy(update={"prompt": written}), wanted.comparison)
         return JSONResponse({"id": found, "left_model": left, "right_model": right})
 
 
@@ -457,8 +464,11 @@ def _add_pages(api: FastAPI) -> None:
         media = mimetypes.guess_type(name)[0] or "application/octet-stream"
         return Response(files[name].read_bytes(), media_type=media)
 
+    def page(name: str) -> Callable[[], Response]:  # an argument of the route itself could be set in its URL
+        return lambda: shown(name)
+
     for path, name in PAGES.items():
-        api.add_api_route(path, lambda name=name: shown(name), include_in_schema=False, methods=["GET"])
+        api.add_api_route(path, page(name), include_in_schema=False, methods=["GET"])
     api.add_api_route("/static/{name}", shown, include_in_schema=False, methods=["GET"])
 
 

@@ -9,7 +9,7 @@ from dpo_ray.config import Config
 from serve.auth import ApiKey
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._/@-]{0,63}$"
-Chat = Literal["auto", "transcript", "plain"]
+Chat = Literal["auto", "template", "transcript", "plain"]
 
 
 class ServedModel(Config):
@@ -36,9 +36,9 @@ class ServedModel(Config):
     """Scale of the rewards, as in training."""
 
     chat: Chat = "auto"
-    """Prompts of messages: `auto` through the tokenizer's chat template; `transcript` as `\\n\\nHuman: ...`, as models
-    are trained on HH-RLHF without a template; `plain`: a single message of the user is continued as it is, which `auto`
-    does too where there is no template."""
+    """Prompts of messages: through the tokenizer's chat `template`; as a `transcript` (`\\n\\nHuman: ...`), as models
+    are trained on HH-RLHF without a template; `plain`: a single message of the user is continued as it is. `auto`: by
+    the template if there is one, else plain."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on a GPU, fp32 elsewhere."""

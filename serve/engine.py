@@ -12,12 +12,13 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from dpo_ray.config import BatchConfig, DataConfig, SourceConfig
 from dpo_ray.data.encode import PairEncoder
+from dpo_ray.data.turns import SPEAKERS
 from dpo_ray.errors import InputError
 from dpo_ray.generate import (
     ContinuousBatching,
@@ -133,9 +134,13 @@ class Engine:
         # An adapter brings the tokenizer and template that it was trained with.
         words = self._source(served.adapter or served.path)
         tokenizer = load_tokenizer(words)
-        self._decoder, self._template = load_tokenizer(words), tokenizer.chat_template
+        self._decoder = load_tokenizer(words)
+        self._chat = served.chat
+        if self._chat == "auto":
+            self._chat = "plain" if tokenizer.chat_template is None else "template"
         self._end_tokens = frozenset(end_token_ids(source)) | {tokenizer.eos_token_id} - {None}
-        data = DataConfig(sources=(SourceConfig(path="-"),), max_tokens=self._max_length)
+        style: Literal["never", "auto"] = "never" if self._chat == "transcript" else "auto"
+        data = DataConfig(sources=(SourceConfig(path="-"),), max_tokens=self._max_length, chat=style)
         self._encoder = PairEncoder(tokenizer, data, self._end_tokens)
         self._base = load_language_model(source, self._precision).to(self._device).eval()
         if not continuous_batching_fits(shared_copy(self._base)):
@@ -306,14 +311,17 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, and the model has room for {self._max_length} with the answer",
                 code="context_length_exceeded",
             )
-        return Prompt(ids, isinstance(pair.prompt, str) or self._template is None)
+        return Prompt(ids, isinstance(pair.prompt, str) or self._chat == "transcript")
 
     def _pair(self, prompt: Text, response: str) -> PreferencePair:
         """Prompt and response as training has them; both sides are the same response."""
         if not isinstance(prompt, str):
-            if self._served.chat == "transcript" or (self._served.chat == "auto" and self._template is not None):
+            if self._chat != "plain":
+                if self._chat == "transcript" and {turn["role"] for turn in prompt} - SPEAKERS.keys():
+                    told = f"this model has no roles but {', '.join(SPEAKERS)}"
+                    raise ApiError(400, told, param="messages")
                 turn = ({"role": "assistant", "content": response},)
-                return PreferencePair(prompt, turn, turn, is_transcript=self._template is None)
+                return PreferencePair(prompt, turn, turn, is_transcript=self._chat == "transcript")
             if len(prompt) != 1 or prompt[0]["role"] != "user":
                 raise ApiError(
                     400,

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from dpo_ray.acquisition.answers import other, plain_text
-from dpo_ray.acquisition.label_queue import LabelQueue, Progress, Verdict
-from dpo_ray.acquisition.label_queue import _left as left_of
+from dpo_ray.acquisition.label_queue import LabelQueue, Progress, Verdict, left_of
 from dpo_ray.errors import InputError
 from dpo_ray.pairs import Message, Text
 from serve.schema import Strict

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError
-from dpo_ray.models import adapter_base, local_folder, weights_fingerprint
+from dpo_ray.models import ModelSource, adapter_base, load_tokenizer, local_folder, weights_fingerprint
 from dpo_ray.prepare import is_run, model_of, recipe_of, reference_source, resolve
 from dpo_ray.storage import absolute
-from serve.config import ServedModel
+from serve.config import Chat, ServedModel
 
 
 def find_model(
@@ -56,7 +57,7 @@ def find_model(
         adapters=further,
         reference=None if measured is None else absolute(str(local_folder(measured))),
         beta=getattr(run.loss, "beta", None) if run is not None else None,
-        chat="transcript" if run is not None and run.data.chat == "never" else "auto",
+        chat=_chat(source, run),
     )
 
 
@@ -78,6 +79,13 @@ def as_reference(model: ServedModel, name: str) -> ServedModel:
             "beta": None,
         }
     )
+
+
+def _chat(source: ModelSource, run: RunConfig | None) -> Chat:
+    """How a model has messages, as far as its tokenizer and its run tell."""
+    if run is not None and run.data.chat == "never":
+        return "transcript"
+    return "plain" if load_tokenizer(source).chat_template is None else "template"
 
 
 def _registered(path: str) -> str:

@@ -248,7 +248,7 @@ class LabelQueue:
                 until = now + 60 * state.lease_minutes
                 self._append(self._event("lease", candidate_id=name, person=person, until=until))
             entry = state.entries[name]
-            return Task(entry.candidate, _left(name, person), entry.leases[person])
+            return Task(entry.candidate, left_of(name, person), entry.leases[person])
 
     def label(self, person: str, candidate_id: str, preferred: Verdict) -> None:
         """Record what a person says. Saying it twice, as a double click does, is saying it once.
@@ -261,7 +261,7 @@ class LabelQueue:
         with self._locked() as state:
             entry = self._given(state, person, candidate_id)
             if person not in entry.labels:
-                said = {"preferred": preferred, "left": _left(candidate_id, person)}
+                said = {"preferred": preferred, "left": left_of(candidate_id, person)}
                 self._append(self._event("label", candidate_id=candidate_id, person=person, **said))
             elif entry.labels[person].preferred != preferred:
                 raise InputError(f"{person} has labelled {candidate_id} otherwise: undo that first")
@@ -420,7 +420,7 @@ def open_queue(folder: Path, clock: Callable[[], float] = time.time) -> LabelQue
     return LabelQueue(Folder(str(folder)), settings.labellers, settings.lease_minutes, clock)
 
 
-def _left(candidate_id: str, person: str) -> Side:
+def left_of(candidate_id: str, person: str) -> Side:
     """By a hash, so that neither the order of the pairs nor anyone's wish decides it."""
     return "first" if uniform(np.array([f"{candidate_id}\n{person}"]), 0, "left")[0] < 0.5 else "second"
 

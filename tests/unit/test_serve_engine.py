@@ -189,6 +189,19 @@ def test_a_model_without_a_template_continues_a_single_message(engine: Engine):
     assert texts_of(engine, ask._replace(prompts=(message,))) == texts_of(engine, ask)
 
 
+def test_a_transcript_is_written_as_in_training(tiny_model: Path):
+    made = Engine(ServedModel(name="tiny", path=str(tiny_model), chat="transcript"))
+    try:
+        turns = tuple({"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c")))
+        ask = Ask("tiny", (turns,), max_tokens=8, temperature=0.0)
+        whole = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+        assert texts_of(made, ask) == texts_of(made, ask._replace(prompts=(whole,)))
+        system = asyncio.run(refusal(made, ask._replace(prompts=(({"role": "system", "content": "x"}, *turns),))))
+        assert (system.status, system.param) == (400, "messages")
+    finally:
+        made.close()
+
+
 def test_an_adapter_writes_as_if_merged_and_shares_the_weights(engine: Engine, tiny_model: Path, adapter: Path):
     from peft import PeftModel
 

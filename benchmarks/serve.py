@@ -1,0 +1,261 @@
+"""Does serving cost much beside the engine alone, and how does it stand beside `transformers serve`?
+
+A Llama of about 33 M random parameters, fp32, on the two cores of one machine; loopback only. 32 clients ask without a
+pause for 64 tokens behind prompts of real pairs. Each round measures, one after the other with the others idle:
+
+    offline             the engine in this process, no HTTP: 32 answers at work, one torch thread
+    ours                `dpo-ray serve`, one replica of one torch thread; streams
+    transformers, cb    `transformers serve --continuous-batching` of the same sizes; streams
+    transformers        `transformers serve` as it is; streams
+
+Tokens are counted by what came back. A last part sends ours ten times what it has room for, and asks again at once.
+
+    python benchmarks/serve.py [--repeats 3] [--clients 32] [--seconds 20] [--data hh|tldr]
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from common import arguments, data_of, make_model, ratios, spread, table, write
+
+MAX_TOKENS, PROMPT_WORDS = 64, 24
+BIN = Path(sys.executable).parent
+KEY = "dpo-a-key-for-the-benchmark"
+CONTENDERS = ("offline", "ours", "transformers, cb", "transformers")
+
+
+def prompts_of(data: str, number: int = 256) -> list[str]:
+    """The beginnings of some prompts."""
+    from dpo_ray.config import DataConfig, SourceConfig
+    from dpo_ray.data.formats import transcript
+    from dpo_ray.data.mixture import load_pool
+
+    pool = load_pool(DataConfig(sources=(SourceConfig(path=data),), num_pairs=number))
+    texts = [pair.prompt if isinstance(pair.prompt, str) else transcript(pair.prompt) for pair in pool.train]
+    return [" ".join(text.split()[:PROMPT_WORDS]) for text in texts]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def server(command: list[str], url: str, environment: dict[str, str], log: Path) -> Iterator[None]:
+    """A server that answers, until the context ends."""
+    import requests
+
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                if requests.get(url, timeout=2).status_code == 200:
+                    break
+            except requests.RequestException:
+                pass
+            if process.poll() is not None or time.monotonic() > deadline:
+                sys.exit(f"{command[0]} does not serve:\n{log.read_text()[-2000:]}")
+            time.sleep(0.5)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+async def offline(engine: Any, prompts: list[str], clients: int, seconds: float) -> dict[str, Any]:
+    """As many answers at work all the time, without HTTP."""
+    from serve.schema import Ask
+
+    tokens, ended = 0, time.perf_counter() + seconds
+
+    async def client(number: int) -> None:
+        nonlocal tokens
+        turn = number
+        while time.perf_counter() < ended:
+            ask = Ask("bench", (prompts[turn % len(prompts)],), max_tokens=MAX_TOKENS, seed=turn)
+            turn += clients
+            async for item in engine.write(ask):
+                if isinstance(item, list) and time.perf_counter() < ended:
+                    tokens += sum(piece.num_tokens for piece in item)
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return {"tokens_per_s": tokens / seconds}
+
+
+async def over_http(url: str, model: str, prompts: list[str], clients: int, seconds: float) -> dict[str, Any]:
+    """Streams without a pause; tokens by the answers' own count, times as the client sees them."""
+    import aiohttp
+
+    tokens, first, between, statuses = 0.0, list[float](), list[float](), Counter[int]()
+    ended = time.perf_counter() + seconds
+
+    async def client(session: aiohttp.ClientSession, number: int) -> None:
+        nonlocal tokens
+        turn = number
+        while time.perf_counter() < ended:
+            body = {"model": model, "prompt": prompts[turn % len(prompts)], "max_tokens": MAX_TOKENS, "stream": True}
+            turn += clients
+            began, last, at = time.perf_counter(), 0.0, list[float]()
+            async with session.post(f"{url}/v1/completions", json=body) as response:
+                statuses[response.status] += 1
+                async for line in response.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    choices = json.loads(line[6:]).get("choices") or [{}]
+                    if choices[0].get("text"):
+                        last = time.perf_counter()
+                        at.append(last)
+            if at:
+                first.append(at[0] - began)
+                between.append((last - at[0]) / (MAX_TOKENS - 1))
+                # Of an answer that is not over in time, the part that came before: tokens come evenly.
+                tokens += MAX_TOKENS * min(1.0, (ended - began) / max(last - began, 1e-9))
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+        await asyncio.gather(*(client(session, number) for number in range(clients)))
+    return {
+        "tokens_per_s": tokens / seconds,
+        "first_ms": [1000 * quantile(first, q) for q in (0.5, 0.99)],
+        "between_ms": [1000 * quantile(between, q) for q in (0.5, 0.99)],
+        "statuses": dict(statuses),
+    }
+
+
+def quantile(values: list[float], q: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else float("nan")
+
+
+async def overload(url: str, prompts: list[str], clients: int) -> dict[str, Any]:
+    """So many requests at once, and one more when they are over."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=300)
+    connector = aiohttp.TCPConnector(limit=0)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
+
+        async def ask(number: int) -> int:
+            body = {"model": "bench", "prompt": prompts[number % len(prompts)], "max_tokens": MAX_TOKENS}
+            async with session.post(f"{url}/v1/completions", json=body) as response:
+                await response.read()
+                return response.status
+
+        statuses = Counter(await asyncio.gather(*(ask(number) for number in range(clients))))
+        began = time.perf_counter()
+        after = await ask(0)
+    return {"statuses": dict(statuses), "after": after, "after_s": time.perf_counter() - began}
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "", pairs=0, repeats=3)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    options = parser.parse_args()
+    data = data_of(options)
+    prompts = prompts_of(data)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        model = folder / "bench"
+        make_model(model, data)
+        keep_writing(model)
+        urls = {name: f"http://127.0.0.1:{free_port()}" for name in CONTENDERS[1:]}
+        ports = {name: url.rpartition(":")[2] for name, url in urls.items()}
+        sizes = ["--cb-block-size", "32", "--cb-num-blocks", "200", "--cb-max-batch-tokens", "256"]
+        plain = [str(BIN / "transformers"), "serve", str(model), "--device", "cpu", "--dtype", "float32"]
+        commands = {
+            "ours": [
+                *(str(BIN / "dpo-ray"), "serve", str(model), "--name", "bench", "--port", ports["ours"]),
+                *("--preferences", "none", "--address", "local", f"--set=concurrency={options.clients}"),
+            ],
+            "transformers, cb": [*plain, "--port", ports["transformers, cb"], "--continuous-batching", *sizes],
+            "transformers": [*plain, "--port", ports["transformers"]],
+        }
+        threads = {"OMP_NUM_THREADS": "1"}  # two per process are slower: the cores have more to do than multiply
+        for name, command in commands.items():
+            ready = f"{urls[name]}/{'readyz' if name == 'ours' else 'health'}"
+            extra = {"DPO_RAY_API_KEY": KEY, "RAY_AUTH_MODE": "disabled"} if name == "ours" else threads
+            stack.enter_context(server(command, ready, extra, folder / f"{name}.log"))
+
+        import torch
+
+        from serve.config import ServedModel
+        from serve.engine import Engine
+
+        torch.set_num_threads(1)
+        engine = Engine(ServedModel(name="bench", path=str(model), concurrency=options.clients))
+        stack.callback(engine.close)
+
+        def measure(name: str, seconds: float) -> dict[str, Any]:
+            if name == "offline":
+                return asyncio.run(offline(engine, prompts, options.clients, seconds))
+            called = "bench" if name == "ours" else str(model)
+            return asyncio.run(over_http(urls[name], called, prompts, options.clients, seconds))
+
+        for name in CONTENDERS:
+            measure(name, 5.0)
+        for _ in range(options.repeats):
+            for name in CONTENDERS:
+                runs[name].append(measure(name, options.seconds))
+        flood = asyncio.run(overload(urls["ours"], prompts, 10 * options.clients))
+    told = told_of(runs, flood)
+    write("serve", vars(options), {"runs": runs, "overload": flood}, told)
+
+
+def keep_writing(model: Path) -> None:
+    """Let no token end an answer, for any contender: all answers have the same length."""
+    for name in ("generation_config.json", "config.json"):
+        file = model / name
+        tree = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(tree | {"eos_token_id": None}))
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][1] = -100 * torch.ones(()) * weights["lm_head.weight"][1].abs().mean()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def told_of(runs: dict[str, list[dict[str, Any]]], flood: dict[str, Any]) -> str:
+    rates = {name: [run["tokens_per_s"] for run in listed] for name, listed in runs.items()}
+    rows = []
+    for name, listed in runs.items():
+        row = [name, spread(rates[name], 0), spread(ratios(rates[name], rates["offline"]))]
+        for key in ("first_ms", "between_ms"):
+            row += [spread([run[key][i] for run in listed], 0) if key in listed[0] else "" for i in (0, 1)]
+        rows.append(row)
+    head = ["", "tokens/s", "of offline", "first token p50, ms", "p99", "between tokens p50, ms", "p99"]
+    lines = [table(head, rows), ""]
+    for name in ("transformers, cb", "transformers"):
+        lines.append(f"Ours beside `{name}`: {spread(ratios(rates['ours'], rates[name]), 2, ' times')} the tokens/s.")
+    lines.append(
+        f"Ten times as many requests at once: {flood['statuses']}; the next one after them: {flood['after']} in "
+        f"{1000 * flood['after_s']:.0f} ms."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
