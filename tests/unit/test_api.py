@@ -31,7 +31,8 @@ from serve.auth import ApiKey, digest
 from serve.config import Limits, ServeConfig, ServedModel
 from serve.engine import Engine
 from serve.guard import PUBLIC
-from serve.schema import Ask
+from serve.metrics import Metrics
+from serve.schema import Ask, Load
 
 SECRET = "dpo-a-key-for-tests-0123456789"
 KEY = ApiKey(name="tests", sha256=digest(SECRET))
@@ -224,6 +225,22 @@ def test_preferences_are_read_by_training(engine: Engine, served: ServedModel, t
     assert sum(part.ties for part in parsed) == 1
 
 
+@pytest.mark.parametrize(("chat", "prompt"), [("plain", "Which?"), ("template", [CHAT["messages"][0]])])
+def test_a_blind_vote_is_kept_as_the_models_would_learn_it(
+    engine: Engine, served: ServedModel, tmp_path: Path, chat: str, prompt: Any
+):
+    models = tuple(served.model_copy(update={"name": name, "chat": chat}) for name in ("one", "two"))
+    text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+    options = {"models": models, "compare": ("one", "two"), "preferences": str(tmp_path / "kept")}
+    with running(AnyName(engine), served, **options) as (url, _):
+        body = {"comparison": "0123456789", "messages": [{"role": "user", "content": text}]}
+        vote = body | {"left": "this", "right": "that", "preferred": "right"}
+        found = requests.post(f"{url}/compare/vote", json=vote, headers=BEARER, timeout=30).json()
+        assert {found["left_model"], found["right_model"]} == {"one", "two"}
+    (row,) = (json.loads(line) for line in (tmp_path / "kept/preferences.jsonl").read_text().splitlines())
+    assert (row["prompt"], row["model_2"], row["label"]) == (prompt, found["right_model"], 2)
+
+
 def routes(url: str) -> list[tuple[str, str]]:
     """Every route of the service, from its own description and the pages."""
     paths = requests.get(f"{url}/openapi.json", headers=BEARER, timeout=30).json()["paths"]
@@ -251,6 +268,11 @@ def test_nobody_without_a_key_gets_anything(url: str):
         "/label/task?person=a",
     ):
         assert requests.get(url + path, timeout=30).status_code in (401, 404), path
+
+
+def test_the_file_of_a_page_is_not_in_its_url(url: str):
+    assert "<html" in requests.get(f"{url}/?name=style.css", timeout=30).text
+    assert requests.get(f"{url}/static/..%2Fapi.py", timeout=30).status_code in (401, 404)
 
 
 def test_pages_may_load_nothing_from_elsewhere(url: str):
@@ -463,3 +485,12 @@ def test_it_is_ready_when_its_engines_are(url: str, engine: Engine, monkeypatch:
     monkeypatch.setattr(engine, "problem", lambda: "no step for 200 s")
     assert requests.get(f"{url}/readyz", timeout=30).status_code == 503
     assert requests.get(f"{url}/healthz", timeout=30).status_code == 200
+
+
+def test_the_dashboard_shows_what_is_counted(repository: Path):
+    text = Metrics().text({"m": [Load(1, 2, 0.5, 3, 4, 5)]}).decode()
+    counted = set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE))
+    shown = re.findall(r"dpo_ray_\w+", (repository / "serve/grafana.json").read_text())
+    assert len(set(shown)) > 12
+    for name in shown:
+        assert name in counted or name.removesuffix("_bucket") in counted, name

@@ -42,7 +42,7 @@ def test_the_wheel_carries_every_module_and_every_recipe(wheel: zipfile.ZipFile)
         str(path.relative_to(ROOT))
         for package in ("dpo_ray", "serve", "tune_spaces")
         for path in (ROOT / package).rglob("*")
-        if path.suffix in {".py", ".yaml", ".html", ".css", ".js", ".svg"}
+        if path.suffix in {".py", ".yaml", ".html", ".css", ".js", ".svg", ".json"}
     }
     assert any(name.startswith("dpo_ray/recipes/") and name.endswith(".yaml") for name in in_tree)
     assert in_tree <= set(wheel.namelist())
