@@ -365,6 +365,10 @@ class ContinuousBatching:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the loop; what is open fails."""
         if self._is_started:
             self._manager.stop(hard_stop=True)
 
@@ -652,8 +656,13 @@ class VllmEngine:
         return _generated(tokens, logps, self._end_tokens)
 
 
-def choose_engine(wanted: Engine, model: ModelSource) -> Literal["transformers", "vllm"]:
+def choose_engine(
+    wanted: Engine, model: ModelSource, key: str = "acquire.generate.engine"
+) -> Literal["transformers", "vllm"]:
     """The engine for a model here: vLLM where it is installed, there is a GPU, and the weights are whole.
+
+    Args:
+        key: What messages call the choice.
 
     Raises:
         InputError: vLLM is asked for and cannot be had.
@@ -665,9 +674,9 @@ def choose_engine(wanted: Engine, model: ModelSource) -> Literal["transformers",
     if wanted == "auto":
         return "vllm" if is_there and is_whole and torch.cuda.is_available() else "transformers"
     if not is_there:
-        raise InputError("`acquire.generate.engine`: vllm is not installed")
+        raise InputError(f"`{key}`: vllm is not installed")
     if not is_whole:
-        raise InputError(f"`acquire.generate.engine`: vllm takes whole weights, and {model.path} is an adapter")
+        raise InputError(f"`{key}`: vllm takes whole weights, and {model.path} is an adapter")
     return wanted
 
 

@@ -152,7 +152,9 @@ class Ingress:
     """The process that speaks HTTP."""
 
     def __init__(self, config: dict[str, Any], handles: dict[str, DeploymentHandle]) -> None:
-        logging.basicConfig(level=logging.WARNING)
+        # Into Ray Serve's own log of this replica, which is rotated: logs/serve/replica_dpo-ray_ingress_*.log.
+        for handler in logging.getLogger("ray.serve").handlers:
+            logging.getLogger("dpo_ray.serve").addHandler(handler)
         self._config = ServeConfig.model_validate(config)
         self._backend = RayBackend(self._config, handles)
 

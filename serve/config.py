@@ -40,6 +40,9 @@ class ServedModel(Config):
     are trained on HH-RLHF without a template; `plain`: a single message of the user is continued as it is. `auto`: by
     the template if there is one, else plain."""
 
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """`auto`: vLLM where it is installed and there is a GPU, else transformers."""
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on a GPU, fp32 elsewhere."""
 

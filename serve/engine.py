@@ -6,13 +6,13 @@ that is no longer wanted leaves the batch and its part of the cache at the next 
 
 import asyncio
 import itertools
-import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -25,9 +25,11 @@ from dpo_ray.generate import (
     Progress,
     Request,
     Sampling,
+    choose_engine,
     continuous_batching_fits,
     request_seed,
 )
+from dpo_ray.generate import Load as BatchLoad
 from dpo_ray.models import (
     Loaded,
     ModelSource,
@@ -62,19 +64,27 @@ CONTEXT_TOKENS = 8
 """Of the prompt, for the blank at the beginning of a text that goes on."""
 
 
-class Writer:
-    """One set of weights in continuous batching."""
+class Batching(Protocol):
+    """Continuous batching, by transformers or by vLLM."""
 
-    def __init__(self, model: Any, end_tokens: frozenset[int], served: ServedModel, max_length: int) -> None:
-        kind = model.device.type
-        self.batching = ContinuousBatching(
-            model,
-            end_tokens,
-            longest=max_length,
-            concurrency=served.concurrency,
-            cache_tokens=served.cache_tokens or min(CACHE_TOKENS[kind], served.concurrency * max_length),
-        )
-        self.batching.start()
+    def stream(self, name: str, request: Request, deliver: Callable[[Progress], object], *, by_token: bool) -> None: ...
+
+    def cancel(self, name: str) -> None: ...
+
+    @property
+    def load(self) -> BatchLoad: ...
+
+    @property
+    def is_running(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Writer:
+    """One model or adapter at work."""
+
+    def __init__(self, batching: Batching) -> None:
+        self.batching = batching
         self.open = 0
         """Answers at work."""
         self._seen = (0, time.monotonic())
@@ -83,15 +93,12 @@ class Writer:
         """Why this one cannot go on."""
         if not self.batching.is_running:
             return "the generation loop has ended"
-        load, now = self.batching.load, time.monotonic()
-        if load.steps != self._seen[0] or not self.open:
-            self._seen = (load.steps, now)
+        steps, now = self.batching.load.steps, time.monotonic()
+        if steps != self._seen[0] or not self.open:
+            self._seen = (steps, now)
         if now - self._seen[1] > STALL_S:
             return f"no step for {now - self._seen[1]:.0f} s with {self.open} answers at work"
         return None
-
-    def close(self) -> None:
-        self.batching.__exit__(None, None, None)
 
 
 class Wanted(NamedTuple):
@@ -142,25 +149,26 @@ class Engine:
         style: Literal["never", "auto"] = "never" if self._chat == "transcript" else "auto"
         data = DataConfig(sources=(SourceConfig(path="-"),), max_tokens=self._max_length, chat=style)
         self._encoder = PairEncoder(tokenizer, data, self._end_tokens)
-        self._base = load_language_model(source, self._precision).to(self._device).eval()
-        if not continuous_batching_fits(shared_copy(self._base)):
+        self._vllm = self._vllm_engine(source) if choose_engine(served.engine, source, "engine") == "vllm" else None
+        if self._vllm is None and not continuous_batching_fits(shared_copy(self._base)):
             raise InputError(f"continuous batching gives other numbers than {served.path} itself: it cannot be served")
-        self._writers: OrderedDict[str, Writer] = OrderedDict()
-        self._lock = threading.Lock()
+        self._writers: OrderedDict[str, Writer] = OrderedDict({served.name: self._new_writer(served.name)})
+        self._loading: dict[str, asyncio.Task[None]] = {}
         self._scorers: dict[str, tuple[ResponseScorer, ResponseScorer]] = {}
         self._queue: list[Wanted] = []
         self._scoring: asyncio.Task[None] | None = None
         self._scored_tokens = max(SCORED_TOKENS[self._device.type], self._max_length)
         self._names = itertools.count()
-        self._threads = ThreadPoolExecutor(1, "tokenizer"), ThreadPoolExecutor(1, "scorer")
+        self._tokenizing, self._preparing, self._computing = (
+            ThreadPoolExecutor(1, name) for name in ("tokenizer", "loader", "scorer")
+        )
         self._tokens = self._requests = 0
-        self._claim(served.name, 0)
 
     def close(self) -> None:
         """End all threads."""
         for writer in self._writers.values():
-            writer.close()
-        for pool in self._threads:
+            writer.batching.close()
+        for pool in (self._tokenizing, self._preparing, self._computing):
             pool.shutdown(cancel_futures=True)
 
     async def write(self, ask: Ask) -> AsyncGenerator[ApiError | Begun | list[Piece]]:
@@ -170,12 +178,12 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         try:
-            prompts = await loop.run_in_executor(self._threads[0], self._prompts, ask)
+            prompts = await loop.run_in_executor(self._tokenizing, self._prompts, ask)
             requests = [request for prompt in prompts for request in self._requests_for(prompt, ask)]
-            writer = await loop.run_in_executor(self._threads[1], self._claim, ask.model, len(requests))
         except ApiError as error:
             yield error
             return
+        writer = await self._claim(ask.model, len(requests))
         arrived: asyncio.Queue[Progress] = asyncio.Queue()
         answers = {
             str(next(self._names)): Answer(number, prompts[number // ask.n], ask, self)
@@ -219,7 +227,7 @@ class Engine:
         if self._served.reference is None:
             return ApiError(400, f"`{model}` has no reference to measure rewards against", param="model")
         try:
-            found = await loop.run_in_executor(self._threads[0], lambda: [self._branches(*item) for item in items])
+            found = await loop.run_in_executor(self._tokenizing, lambda: [self._branches(*item) for item in items])
         except ApiError as error:
             return error
         self._queue.append(Wanted(model, found, loop.create_future()))
@@ -263,20 +271,67 @@ class Engine:
         folder = local_folder(self._source(adapter))
         return PeftModel.from_pretrained(shared_copy(self._base), folder).to(self._device).eval()
 
-    def _claim(self, name: str, num_answers: int) -> Writer:
-        """What writes under a name, for so many answers more; the adapter that was idle longest makes room."""
-        with self._lock:
-            if name not in self._writers:
-                idle = [n for n, writer in self._writers.items() if not writer.open and n != self._served.name]
-                for other in idle[: max(0, len(self._writers) - MAX_ADAPTERS)]:
-                    self._writers.pop(other).close()
-                    self._scorers.pop(other, None)
-                model = self._model(name)
-                causal = model if self._adapter_of(name) is None else model.get_base_model()
-                self._writers[name] = Writer(causal, self._end_tokens, self._served, self._max_length)
-            self._writers.move_to_end(name)
-            self._writers[name].open += num_answers
-            return self._writers[name]
+    @cached_property
+    def _base(self) -> Any:
+        """The weights; where vLLM writes, only rewards need them."""
+        return load_language_model(self._source(self._served.path), self._precision).to(self._device).eval()
+
+    def _vllm_engine(self, source: ModelSource) -> Any:
+        from serve.vllm import VllmEngine
+
+        return VllmEngine(
+            source,
+            self._precision,
+            self._end_tokens,
+            longest=self._max_length,
+            concurrency=self._served.concurrency,
+            max_adapters=min(MAX_ADAPTERS, len(self._served.adapters) + (self._served.adapter is not None)),
+        )
+
+    def _new_writer(self, name: str) -> Writer:
+        adapter = self._adapter_of(name)
+        if self._vllm is not None:
+            from serve.vllm import VllmBatching
+
+            number = [self._served.name, *self._served.adapters].index(name) + 1
+            return Writer(
+                VllmBatching(self._vllm, None if adapter is None else self._vllm.adapter(name, number, adapter))
+            )
+        model = self._model(name)
+        kind = self._device.type
+        batching = ContinuousBatching(
+            model if adapter is None else model.get_base_model(),
+            self._end_tokens,
+            longest=self._max_length,
+            concurrency=self._served.concurrency,
+            cache_tokens=self._served.cache_tokens
+            or min(CACHE_TOKENS[kind], self._served.concurrency * self._max_length),
+        )
+        batching.start()
+        return Writer(batching)
+
+    async def _claim(self, name: str, num_answers: int) -> Writer:
+        """What writes under a name, for so many answers more. What must be loaded keeps nobody else waiting."""
+        while name not in self._writers:
+            if name not in self._loading:
+                self._loading[name] = asyncio.create_task(self._load_writer(name))
+            await asyncio.shield(self._loading[name])
+        writer = self._writers[name]
+        self._writers.move_to_end(name)
+        writer.open += num_answers
+        return writer
+
+    async def _load_writer(self, name: str) -> None:
+        """Make an adapter ready; the one that was idle longest makes room."""
+        loop = asyncio.get_running_loop()
+        try:
+            idle = [n for n, writer in self._writers.items() if not writer.open and n != self._served.name]
+            for other in idle[: max(0, len(self._writers) - MAX_ADAPTERS)]:
+                self._scorers.pop(other, None)
+                await loop.run_in_executor(self._preparing, self._writers.pop(other).batching.close)
+            self._writers[name] = await loop.run_in_executor(self._preparing, self._new_writer, name)
+        finally:
+            del self._loading[name]
 
     def _scorer(self, name: str) -> tuple[ResponseScorer, ResponseScorer]:
         """Policy and reference; a reference that is the adapter's own base takes no more memory."""
@@ -378,7 +433,7 @@ class Engine:
         while self._queue:
             waiting, self._queue = self._queue, []
             try:
-                answers = await asyncio.get_running_loop().run_in_executor(self._threads[1], self._score, waiting)
+                answers = await asyncio.get_running_loop().run_in_executor(self._computing, self._score, waiting)
             except Exception as error:  # belongs to those who asked
                 for wanted in waiting:
                     if not wanted.answer.done():

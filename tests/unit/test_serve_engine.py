@@ -1,6 +1,9 @@
 """The engine writes what the model would write alone, streamed or whole, and lets go of what nobody wants any more."""
 
 import asyncio
+import importlib
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,7 +278,10 @@ def test_an_engine_that_fails_says_so_and_asks_to_be_replaced(tiny_model: Path, 
         assert isinstance(error, ApiError)
         assert error.status == 503
         assert "out of luck" in error.message
-        assert broken.problem() is not None
+        deadline = time.monotonic() + 20  # the loop tells those at work first, and ends then
+        while broken.problem() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
     finally:
         broken.close()
 
@@ -308,3 +314,111 @@ def test_a_shared_copy_has_the_tensors_and_a_configuration_of_its_own(tiny_model
     assert model.config._attn_implementation != "eager"
     copy.model.layers[0].self_attn.q_proj = torch.nn.Identity()
     assert isinstance(model.model.layers[0].self_attn.q_proj, torch.nn.Linear)
+
+
+VLLM = """
+import asyncio
+from types import SimpleNamespace as Value
+
+CALLS = []
+ABORTED = []
+
+
+class SamplingParams(Value):
+    pass
+
+
+class AsyncEngineArgs(Value):
+    pass
+
+
+class AsyncLLMEngine:
+    errored = False
+
+    @classmethod
+    def from_engine_args(cls, args):
+        CALLS.append(vars(args))
+        return cls()
+
+    async def generate(self, prompt, params, request_id, lora_request=None):
+        CALLS.append((prompt, vars(params), request_id, lora_request))
+        tokens = [*prompt["prompt_token_ids"][:3], 1]
+        try:
+            for count in range(1, len(tokens) + 1):
+                await asyncio.sleep(0.01)
+                logprobs = [{token: Value(logprob=-0.5)} for token in tokens[:count]]
+                output = Value(token_ids=tuple(tokens[:count]), logprobs=logprobs)
+                yield Value(outputs=[output], finished=count == len(tokens))
+        except asyncio.CancelledError:
+            ABORTED.append(request_id)
+            raise
+"""
+
+
+@pytest.fixture
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A module that takes vLLM's place, and writes the beginning of the prompt and an end token."""
+    (tmp_path / "vllm" / "lora").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").write_text(VLLM)
+    (tmp_path / "vllm" / "lora" / "__init__.py").write_text("")
+    (tmp_path / "vllm" / "lora" / "request.py").write_text("def LoRARequest(*values): return values")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("vllm")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+
+
+def test_vllm_writes_behind_the_same_interface(vllm: Any, tiny_model: Path, adapter: Path):
+    served = ServedModel(name="tiny", path=str(tiny_model), engine="vllm", adapters={"lora": str(adapter)})
+    made = Engine(served)
+    try:
+        options = vllm.CALLS[0]
+        assert (options["dtype"], options["max_model_len"], options["enable_lora"]) == ("float32", 256, True)
+        ask = Ask("lora", ("abcdef",), max_tokens=9, temperature=0.5, presence_penalty=0.2, seed=4, wants_logps=True)
+        texts, pieces, _ = asyncio.run(written(made, ask))
+        assert texts == ["abc"]
+        assert (pieces[-1].finish_reason, pieces[-1].num_tokens) == ("stop", 4)
+        assert [item.logp for item in pieces[-1].logps or ()] == [-0.5] * 3
+        _, params, _, lora = vllm.CALLS[1]
+        assert (params["temperature"], params["presence_penalty"], params["max_tokens"]) == (0.5, 0.2, 9)
+        assert lora == ("lora", 2, str(adapter))
+
+        async def leave() -> None:
+            source = made.write(ask._replace(model="tiny", is_stream=True))
+            await anext(source)
+            await anext(source)
+            await source.aclose()
+            await asyncio.sleep(0.05)
+
+        asyncio.run(leave())
+        assert len(vllm.ABORTED) == 1
+        assert vllm.CALLS[2][3] is None
+        assert made.load().running == 0
+        vllm.AsyncLLMEngine.errored = True
+        assert made.problem() == "the generation loop has ended"
+    finally:
+        made.close()
+
+
+def test_more_adapters_than_are_held_take_turns(tiny_model: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("serve.engine.MAX_ADAPTERS", 2)
+    names = [f"lora-{number}" for number in range(4)]
+    made = Engine(ServedModel(name="tiny", path=str(tiny_model), adapters=dict.fromkeys(names, str(adapter))))
+    try:
+
+        async def in_turn() -> list[list[str]]:
+            found = []
+            for name in [*names, *names]:
+                found.append((await written(made, Ask(name, ("a",), max_tokens=4, temperature=0.0)))[0])
+                assert len(made._writers) <= 3
+                assert "tiny" in made._writers
+            return found
+
+        assert len({tuple(texts) for texts in asyncio.run(in_turn())}) == 1
+
+        async def at_once() -> None:
+            await asyncio.gather(*(written(made, Ask(name, ("a",), max_tokens=4)) for name in names * 3))
+
+        asyncio.run(asyncio.wait_for(at_once(), 60))
+    finally:
+        made.close()
