@@ -1,10 +1,11 @@
 """Which strategy wins at which budget? The whole pipeline of `dpo-ray acquire` over paired seeds.
 
 Two tasks, each one recipe: the embedded one (`demo-acquire`: the model writes the candidates, the true reward labels
-them with 5 % of mistakes), and summaries with hidden human scores (REALSumm), on a real model of 260,000 weights. The
-metric is the held-out `rewards/accuracies`. Every arm is a chain of Ray Data passes and Ray Train runs.
+them with 5 % of mistakes), and true and false answers to questions with hidden labels (TruthfulQA), on a real model of
+260,000 weights. The metric is the held-out `rewards/accuracies`. Every arm is a chain of Ray Data passes and Ray Train
+runs.
 
-    python benchmarks/acquire.py [--task demo|realsumm] [--seeds 8] [--strategies a,b,...] [--folder FOLDER]
+    python benchmarks/acquire.py [--task demo|truthfulqa] [--seeds 8] [--strategies a,b,...] [--folder FOLDER]
 
 With --folder the arms stay there, and a benchmark that was broken off goes on.
 """
@@ -38,25 +39,23 @@ def demo_task(folder: Path) -> Any:
     return load_run(RECIPES / "demo-acquire.yaml", paths)
 
 
-def realsumm_task(folder: Path) -> Any:
-    """Pairs of summaries of one article, whose human scores are hidden; the article's end is cut off."""
+def truthfulqa_task(folder: Path) -> Any:
+    """Pairs of a true and a false answer to a question; which is which is hidden."""
     from dpo_ray.config import parse_run
 
-    data = SHARED / "data" / "realsumm"
+    data = SHARED / "data" / "truthfulqa" / "pairs.jsonl.gz"
     if not data.exists():
         print(f"no pairs at {data}")
         sys.exit(0)
-    documents = {"path": str(data / "documents.jsonl.gz"), "on": "doc_id", "column": "document"}
     return parse_run(
         {
-            "name": "realsumm",
+            "name": "truthfulqa",
             "storage": {"path": str(folder)},
             "model": {"path": str(SHARED / "models" / "stories260K")},
             "data": {
-                "sources": [{"path": str(data / "pairs.jsonl.gz"), "prompt_from": documents}],
-                "eval": {"num_pairs": 200},
-                "max_tokens": 320,
-                "over_long": "truncate_prompt_left",
+                "sources": [{"path": str(data)}],
+                "eval": {"num_pairs": 512},
+                "max_tokens": 160,
             },
             "loss": {"kind": "dpo", "beta": 0.1},
             # What is fast for so small a model on a CPU: nothing packed, short rows.
@@ -73,7 +72,7 @@ def realsumm_task(folder: Path) -> Any:
                 "budget": 64,
                 "pool": {"per_label": 4},
                 "batch": {"per_prompt": 4},
-                "generate": {"max_tokens": 32, "entropy_samples": 4},
+                "generate": {"max_tokens": 24, "entropy_samples": 4},
             },
         }
     )
@@ -109,7 +108,7 @@ def told(tree: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("demo", "realsumm"), default="demo")
+    parser.add_argument("--task", choices=("demo", "truthfulqa"), default="demo")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--folder", type=Path)
@@ -123,7 +122,7 @@ def main() -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        run = {"demo": demo_task, "realsumm": realsumm_task}[options.task](folder)
+        run = {"demo": demo_task, "truthfulqa": truthfulqa_task}[options.task](folder)
         tree = acquire(
             run,
             strategies=options.strategies.split(","),

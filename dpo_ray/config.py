@@ -7,7 +7,7 @@ a sweep cannot reach a run that a person could not. The docstring under a field 
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -38,6 +38,9 @@ class Config(BaseModel):
     """Base of every section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Section = TypeVar("Section", bound=Config)
 
 
 class StorageConfig(Config):
@@ -876,11 +879,20 @@ def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfi
 def parse_run(tree: dict[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Validate a recipe's tree with overrides laid over it; errors as in `load_run`."""
     for key, value in (overrides or {}).items():
-        tree = _with_override(tree, key, value)
+        tree = with_override(tree, key, value)
+    return validated(RunConfig, tree)
+
+
+def validated(kind: type[Section], tree: Mapping[str, Any]) -> Section:
+    """A configuration from its tree.
+
+    Raises:
+        InputError: A key is unknown or has a wrong value; names it, and the nearest known one.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error)) from None
+        raise InputError(_explain(error, kind)) from None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -905,7 +917,7 @@ def recipe_schema() -> dict[str, Any]:
     return TypeAdapter(RunConfig).json_schema()
 
 
-def _with_override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+def with_override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """A copy of `tree` with one dotted key set; digits address list items (`data.sources.0.path`)."""
 
     def put(node: Any, parts: list[str]) -> Any:
@@ -924,7 +936,7 @@ def _with_override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]
     return result
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind_of_all: type[Config]) -> str:
     """One line for the first problem: the dotted key, what is wrong, and the nearest known key."""
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in problem["loc"]]
@@ -936,7 +948,7 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(location)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
-        known = sorted(recipe_keys())
+        known = sorted(_keys(kind_of_all, ""))
         pattern = ".".join("*" if part.isdigit() else part for part in location)
         if pattern in known:
             return f"`{key}` is not an option of {location[0]}.kind: {kind}{more}"

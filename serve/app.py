@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
-from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve import Application
@@ -23,7 +22,7 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
-from dpo_ray.errors import InputError
+from dpo_ray.config import validated
 from serve.answers import ReplicaLost
 from serve.config import ServeConfig, ServedModel
 from serve.schema import ApiError, Ask, Begun, Load, Piece, Reward
@@ -170,12 +169,7 @@ def build_app(args: dict[str, Any] | ServeConfig) -> Application:
     Raises:
         InputError: An argument is wrong; names it.
     """
-    try:
-        config = args if isinstance(args, ServeConfig) else ServeConfig.model_validate(args)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(f"serve: {where}: {problem['msg']}" if where else f"serve: {problem['msg']}") from None
+    config = args if isinstance(args, ServeConfig) else validated(ServeConfig, args)
     engines = {model.name: _engines(model, config.limits.max_tokens) for model in config.models}
     ingress = serve.deployment(Ingress).options(
         name="ingress",

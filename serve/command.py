@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from dpo_ray.config import validated, with_override
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.storage import absolute
 from serve.auth import KEY_VARIABLE, ApiKey, new_key, read_keys
@@ -79,18 +80,12 @@ def configure(wanted: Wanted, keys: Sequence[ApiKey]) -> ServeConfig:
     }
     of_models = dict(zip(("min_replicas", "max_replicas"), _range(wanted.replicas), strict=True))
     for key, value in wanted.settings:
-        section, _, field = key.rpartition(".")
-        if not section and key in ServedModel.model_fields:
+        if key in ServedModel.model_fields:
             of_models[key] = value
         else:
-            (tree.setdefault(section, {}) if section else tree)[field] = value
-    try:
-        listed = [ServedModel.model_validate(model.model_dump() | of_models) for model in models]
-        return ServeConfig.model_validate(tree | {"models": listed})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise InputError(f"serve: `{where}`: {problem['msg']}" if where else f"serve: {problem['msg']}") from None
+            tree = with_override(tree, key, value)
+    listed = [validated(ServedModel, model.model_dump() | of_models) for model in models]
+    return validated(ServeConfig, tree | {"models": listed})
 
 
 def deploy(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_ray.config import RunConfig
+from dpo_ray.config import RunConfig, validated
 from dpo_ray.errors import InputError
 from dpo_ray.models import ModelSource, adapter_base, load_tokenizer, local_folder, weights_fingerprint
 from dpo_ray.prepare import is_run, model_of, recipe_of, reference_source, resolve
@@ -49,15 +49,18 @@ def find_model(
         if weights_fingerprint(adapter_base(other_folder, source)) != weights_fingerprint(base):
             raise InputError(f"the adapter {place} is on other weights than {base.path}")
         further[other] = absolute(str(other_folder))
-    return ServedModel(
-        name=name or _name_of(path, run.name if run is not None else None),
-        path=absolute(str(local_folder(base))),
-        trust_remote_code=trusts,
-        adapter=absolute(str(folder)) if is_adapter else None,
-        adapters=further,
-        reference=None if measured is None else absolute(str(local_folder(measured))),
-        beta=getattr(run.loss, "beta", None) if run is not None else None,
-        chat=_chat(source, run),
+    return validated(
+        ServedModel,
+        {
+            "name": name or _name_of(path, run.name if run is not None else None),
+            "path": absolute(str(local_folder(base))),
+            "trust_remote_code": trusts,
+            "adapter": absolute(str(folder)) if is_adapter else None,
+            "adapters": further,
+            "reference": None if measured is None else absolute(str(local_folder(measured))),
+            "beta": getattr(run.loss, "beta", None) if run is not None else None,
+            "chat": _chat(source, run),
+        },
     )
 
 
