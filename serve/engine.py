@@ -183,7 +183,6 @@ class Engine:
         except ApiError as error:
             yield error
             return
-        writer = await self._claim(ask.model, len(requests))
         arrived: asyncio.Queue[Progress] = asyncio.Queue()
         answers = {
             str(next(self._names)): Answer(number, prompts[number // ask.n], ask, self)
@@ -191,6 +190,7 @@ class Engine:
         }
         by_token = ask.is_stream or bool(ask.stops)
         waiting = dict(answers)
+        writer = await self._claim(ask.model, len(answers))
         self._requests += 1
         try:
             yield Begun(sum(len(prompt.ids) for prompt in prompts))

@@ -32,7 +32,10 @@ def calm(nodes: Nodes, storage: Path, shared: Path) -> Run:
 
 @pytest.mark.parametrize(
     ("seed", "victim", "cause"),
-    [(1, "worker", "worker [01] died"), (2, "preempted node", "taken away"), (3, "driver", "continued with --resume")],
+    [
+        (1, "worker", "worker [01] died"),
+        (2, "preempted node", "taken away"),
+    ],  # killed drivers: test_acquire, test_sweep
 )
 def test_a_run_comes_back_with_the_uninterrupted_runs_weights(
     calm: Run, nodes: Nodes, storage: Path, shared: Path, seed: int, victim: str, cause: str
