@@ -7,6 +7,7 @@
 
 import logging
 import re
+import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ DRAIN_S = 120.0
 """An old replica has so long to finish its streams."""
 
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+SWITCH_S = 0.0005
+"""So long at most the thread that computes waits for Python's lock, back from a kernel; by default ten times."""
+
 INGRESS_REQUESTS = 4096
 """Requests that a process that speaks HTTP has open; those that no engine has room for are refused before."""
 
@@ -46,6 +50,7 @@ class EngineReplica:
 
         model = ServedModel.model_validate(served)
         torch.set_num_threads(max(1, int(model.num_cpus)))
+        sys.setswitchinterval(SWITCH_S)
         self._name = model.name
         self._engine = Engine(model, max_tokens)
 

@@ -97,6 +97,7 @@ def deploy(
         InputError: See `configure`; or the port is taken, or the cluster has no room.
         RunFailed: An engine does not start.
     """
+    _check_import()
     secret = None
     keys = [] if wanted.insecure else list(read_keys(wanted.keys))
     if not keys and not wanted.insecure:
@@ -192,6 +193,15 @@ def _range(text: str) -> tuple[int, int]:
         return int(low), int(high or low)
     except ValueError:
         raise InputError(f"--replicas takes a number, or a range such as 1:4, not `{text}`") from None
+
+
+def _check_import() -> None:
+    """Ray's workers look for modules in the driver's folder first."""
+    import serve.app
+
+    for other in (Path("serve.py"), Path("serve") / "__init__.py"):
+        if other.exists() and other.resolve().parent != Path(serve.app.__file__).resolve().parent:
+            raise InputError(f"./{other} here hides the package `serve` of dpo-ray: start from another folder")
 
 
 def _is_serving() -> bool:

@@ -52,7 +52,11 @@ SCORED_TOKENS = {"cpu": 4096, "cuda": 16_384}
 """Of one forward pass that scores; a longer prompt with its responses has a pass of its own."""
 
 STREAM_INTERVAL_S = 0.03
-"""A stream sends no oftener: what comes meanwhile goes along, as every message costs as much as some tokens."""
+"""A stream sends no oftener; what comes meanwhile goes along."""
+
+MESSAGES_PER_S = 100
+"""Of all streams together, about: a message on its way through Ray takes as much of the engine's time as some tokens,
+so with many streams each sends more seldom. The first text of an answer never waits."""
 
 STALL_S = 120.0
 """So long without a step while requests are at work, and the engine is stuck."""
@@ -162,7 +166,7 @@ class Engine:
         self._tokenizing, self._preparing, self._computing = (
             ThreadPoolExecutor(1, name) for name in ("tokenizer", "loader", "scorer")
         )
-        self._tokens = self._requests = 0
+        self._tokens = self._requests = self._streams = 0
 
     def close(self) -> None:
         """End all threads."""
@@ -183,7 +187,7 @@ class Engine:
         except ApiError as error:
             yield error
             return
-        arrived: asyncio.Queue[Progress] = asyncio.Queue()
+        arrived = Arrivals()
         answers = {
             str(next(self._names)): Answer(number, prompts[number // ask.n], ask, self)
             for number in range(len(requests))
@@ -192,13 +196,13 @@ class Engine:
         waiting = dict(answers)
         writer = await self._claim(ask.model, len(answers))
         self._requests += 1
+        self._streams += ask.is_stream
         try:
             yield Begun(sum(len(prompt.ids) for prompt in prompts))
             for name, request in zip(answers, requests, strict=True):
-                writer.batching.stream(name, request, arrived.put_nowait, by_token=by_token)
+                writer.batching.stream(name, request, arrived.put, by_token=by_token)
             while waiting:
-                # Each progress holds all before it, so the last one of each answer tells it all.
-                latest = {progress.name: progress for progress in (await arrived.get(), *_all_of(arrived))}
+                latest = await arrived.take()
                 failed = next((progress.error for progress in latest.values() if progress.error), None)
                 if failed is not None:
                     yield ApiError(503, f"the engine failed: {failed}", code="engine_failed")
@@ -215,8 +219,9 @@ class Engine:
                 began = loop.time()
                 yield pieces
                 if waiting and ask.is_stream:
-                    await asyncio.sleep(max(0.0, began + STREAM_INTERVAL_S - loop.time()))
+                    await arrived.pause(began + max(STREAM_INTERVAL_S, self._streams / MESSAGES_PER_S) - loop.time())
         finally:
+            self._streams -= ask.is_stream
             writer.open -= len(waiting)
             for name in waiting:
                 writer.batching.cancel(name)
@@ -513,7 +518,34 @@ class Answer:
         return self._engine.decode([*self._last, token])[len(self._engine.decode(self._last)) :]
 
 
-def _all_of(queue: "asyncio.Queue[Progress]") -> Iterator[Progress]:
-    """What is in a queue now."""
-    while not queue.empty():
-        yield queue.get_nowait()
+class Arrivals:
+    """What has come of the answers to a request. Each progress holds all before it, so the last one of each counts."""
+
+    def __init__(self) -> None:
+        self._latest: dict[str, Progress] = {}
+        self._has_come, self._is_pausing = asyncio.Event(), False
+
+    def put(self, progress: Progress) -> None:
+        self._latest[progress.name] = progress
+        if progress.is_done or not self._is_pausing:
+            self._has_come.set()
+
+    async def take(self) -> dict[str, Progress]:
+        """All that has come since the last time, by answer; waits for some."""
+        if not self._latest:
+            self._has_come.clear()
+            await self._has_come.wait()
+        found, self._latest = self._latest, {}
+        return found
+
+    async def pause(self, seconds: float) -> None:
+        """Let more come, unless an answer ends: its client goes on at once."""
+        self._has_come.clear()
+        self._is_pausing = True
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._has_come.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._is_pausing = False

@@ -93,6 +93,14 @@ def test_an_adapter_must_be_one_and_on_these_weights(tiny_model: Path):
         configure(Wanted(str(tiny_model), adapters=(f"x={tiny_model}",)), [])
 
 
+def test_a_file_that_hides_the_package_is_named(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "serve.py").touch()
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["serve", str(tiny_model)])
+    assert done.exit_code == 2
+    assert "./serve.py here hides the package" in " ".join(done.stderr.split())
+
+
 def test_a_new_key_is_shown_once_and_its_entry_opens(tmp_path: Path):
     done = CliRunner().invoke(app, ["serve", "--new-key", "ada"])
     assert done.exit_code == 0
