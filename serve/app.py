@@ -7,7 +7,6 @@
 
 import logging
 import re
-import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from dpo_ray.config import validated
 from serve.answers import ReplicaLost
 from serve.config import ServeConfig, ServedModel
+from serve.process import EngineProcess
 from serve.schema import ApiError, Ask, Begun, Load, Piece, Reward
 
 APP = "dpo-ray"
@@ -33,26 +33,17 @@ DRAIN_S = 120.0
 """An old replica has so long to finish its streams."""
 
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
-SWITCH_S = 0.0005
-"""So long at most the thread that computes waits for Python's lock, back from a kernel; by default ten times."""
-
 INGRESS_REQUESTS = 4096
 """Requests that a process that speaks HTTP has open; those that no engine has room for are refused before."""
 
 
 class EngineReplica:
-    """An engine in a process of its own."""
+    """An engine on Ray Serve."""
 
     def __init__(self, served: dict[str, Any], max_tokens: int) -> None:
-        import torch
-
-        from serve.engine import Engine
-
         model = ServedModel.model_validate(served)
-        torch.set_num_threads(max(1, int(model.num_cpus)))
-        sys.setswitchinterval(SWITCH_S)
         self._name = model.name
-        self._engine = Engine(model, max_tokens)
+        self._engine = EngineProcess(model, max_tokens)
 
     async def write(self, ask: Ask) -> AsyncGenerator[ApiError | Begun | list[Piece]]:
         """See `Engine.write`."""
