@@ -105,6 +105,8 @@ def deploy(
         keys = [key]
     config = configure(wanted, keys)
     connect()
+    if is_detached and _is_our_cluster():
+        raise InputError("--detach leaves the service on a cluster, and there is none that stays: give --address")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -193,6 +195,14 @@ def _range(text: str) -> tuple[int, int]:
         return int(low), int(high or low)
     except ValueError:
         raise InputError(f"--replicas takes a number, or a range such as 1:4, not `{text}`") from None
+
+
+def _is_our_cluster() -> bool:
+    """Whether this process has started the cluster, which then ends with it."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return node is not None and bool(node.head)
 
 
 def _check_import() -> None:
