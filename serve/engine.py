@@ -55,8 +55,8 @@ STREAM_INTERVAL_S = 0.03
 """A stream sends no oftener; what comes meanwhile goes along."""
 
 MESSAGES_PER_S = 100
-"""Of all streams together, about: a message on its way through Ray takes as much of the engine's time as some tokens,
-so with many streams each sends more seldom. The first text of an answer never waits."""
+"""Of all streams together, about: on its way through Ray a message takes some milliseconds of other cores, so with many
+streams each sends more seldom. The first text of an answer and its end never wait."""
 
 STALL_S = 120.0
 """So long without a step while requests are at work, and the engine is stuck."""
@@ -176,7 +176,7 @@ class Engine:
             pool.shutdown(cancel_futures=True)
 
     async def write(self, ask: Ask) -> AsyncGenerator[ApiError | Begun | list[Piece]]:
-        """Answer a request: what it takes first, then pieces as they come, several in one item when they come fast.
+        """Answer a request: what it takes first, then pieces as they come, or all together where no stream is wanted.
 
         An `ApiError` ends it. To stop early, close the generator.
         """
@@ -193,7 +193,7 @@ class Engine:
             for number in range(len(requests))
         }
         by_token = ask.is_stream or bool(ask.stops)
-        waiting = dict(answers)
+        waiting, held = dict(answers), list[Piece]()
         writer = await self._claim(ask.model, len(answers))
         self._requests += 1
         self._streams += ask.is_stream
@@ -207,18 +207,21 @@ class Engine:
                 if failed is not None:
                     yield ApiError(503, f"the engine failed: {failed}", code="engine_failed")
                     return
-                pieces = []
+                began = loop.time()
                 for name, progress in latest.items():
                     if name in waiting:
-                        pieces.append(answers[name].piece(progress))
-                        if pieces[-1].finish_reason is not None:
+                        held.append(answers[name].piece(progress))
+                        self._tokens += held[-1].num_tokens
+                        if held[-1].finish_reason is not None:
                             del waiting[name]
                             writer.open -= 1
                             writer.batching.cancel(name)
-                self._tokens += sum(piece.num_tokens for piece in pieces)
-                began = loop.time()
-                yield pieces
-                if waiting and ask.is_stream:
+                if (
+                    ask.is_stream or not waiting
+                ):  # what is wanted whole goes whole, also where tokens are watched for stops
+                    yield held
+                    held = []
+                if waiting:
                     await arrived.pause(began + max(STREAM_INTERVAL_S, self._streams / MESSAGES_PER_S) - loop.time())
         finally:
             self._streams -= ask.is_stream
