@@ -6,6 +6,7 @@ that is no longer wanted leaves the batch and its part of the cache at the next 
 
 import asyncio
 import itertools
+import os
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -54,7 +55,7 @@ SCORED_TOKENS = {"cpu": 4096, "cuda": 16_384}
 STREAM_INTERVAL_S = 0.03
 """A stream sends no oftener; what comes meanwhile goes along."""
 
-MESSAGES_PER_S = 100
+MESSAGES_PER_S = min(600, 50 * (os.cpu_count() or 1))
 """Of all streams together, about: on its way through Ray a message takes some milliseconds of other cores, so with many
 streams each sends more seldom. The first text of an answer and its end never wait."""
 
