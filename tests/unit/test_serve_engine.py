@@ -164,12 +164,15 @@ def test_whoever_leaves_frees_the_batch_and_the_cache(engine: Engine, is_stream:
             if is_stream:
                 await anext(source)
             await source.aclose()
-        for _ in range(100):
-            load = engine.load()
-            if not load.running and not load.waiting and not load.cache_used:
-                return
-            await asyncio.sleep(0.05)
-        pytest.fail(f"still at work: {engine.load()}")
+            left_at = engine.load().steps
+            for _ in range(200):
+                load = engine.load()
+                if not load.running and not load.waiting and not load.cache_used:
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                pytest.fail(f"still at work: {load}")
+            assert load.steps - left_at < 15, "the answers were written to their end"
 
     asyncio.run(leave())
     assert all(writer.open == 0 for writer in engine._writers.values())
