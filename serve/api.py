@@ -116,7 +116,7 @@ class Service:
                 await found.aclose()
             if whole is None:
                 return Response(status_code=499)
-            self._tell(request, ask, "".join(choice.text for choice in whole.choices), whole.usage)
+            self._tell(request, ask, "".join(choice.text for choice in whole.choices))
             return JSONResponse(shape.whole(whole.choices, whole.usage))
         try:
             first = await anext(found)
@@ -174,13 +174,13 @@ class Service:
             if shape.wants_usage:
                 yield schema.event(shape.last(usage))
             yield schema.DONE
-            self._tell(request, ask, text, usage)
+            self._tell(request, ask, text)
         except ApiError as error:
             yield schema.event(error.body)
         finally:
             await found.aclose()
 
-    def _tell(self, request: Request, ask: Ask, text: str, usage: Usage) -> None:
+    def _tell(self, request: Request, ask: Ask, text: str) -> None:
         if self.config.log_text:
             request.state.told |= {"prompts": list(ask.prompts), "text": text}
 

@@ -28,7 +28,6 @@ from serve.config import ServeConfig, ServedModel
 from serve.process import EngineProcess
 from serve.schema import ApiError, Ask, Begun, Load, Piece, Reward
 
-APP = "dpo-ray"
 DRAIN_S = 120.0
 """An old replica has so long to finish its streams."""
 

@@ -217,9 +217,8 @@ class Engine:
                             del waiting[name]
                             writer.open -= 1
                             writer.batching.cancel(name)
-                if (
-                    ask.is_stream or not waiting
-                ):  # what is wanted whole goes whole, also where tokens are watched for stops
+                # What is wanted whole goes whole, also where tokens are watched for stop sequences.
+                if ask.is_stream or not waiting:
                     yield held
                     held = []
                 if waiting:
