@@ -547,7 +547,8 @@ def margin_band(
 def oracle_gap(features: Features, ask: Ask) -> Scores:
     """Absolute gap of the true rewards: the largest first. Simulations only: the upper bound of a cheat.
 
-    Cost: none. It asks for what no real pool can know, so it is a control and never a strategy.
+    Cost: none. It asks for what no real pool can know, so it is a control and never a strategy. Where the data has
+    labels without scores all gaps are equal, and the choice is random.
     """
     return _scores(features, ask, np.abs(features.column("gold_gap", "oracle_gap")), "max")
 
