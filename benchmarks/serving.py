@@ -1,7 +1,8 @@
 """Does serving cost much beside the engine alone, and how does it stand beside `transformers serve`?
 
-A Llama of about 33 M random parameters, fp32, on the two cores of one machine; loopback only. 32 clients ask four times
-each, one answer after the other, for 64 tokens behind prompts of real pairs. Each has its turn, the others idle:
+A Llama of about 33 M random parameters, fp32, on the two cores of one machine; loopback only. 32 clients ask for 128
+answers, each one after the other, to prompts of real pairs; an answer has as many tokens as the real one has words, 8
+to 128. Each has its turn, the others idle:
 
     offline             the engine in this process, no HTTP: 32 answers at work, one torch thread
     ours                `dpo-ray serve`, one replica of one torch thread; streams
@@ -15,6 +16,7 @@ again at once.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -27,25 +29,43 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import arguments, data_of, make_model, ratios, spread, table, write
 
-MAX_TOKENS, PROMPT_WORDS = 64, 24
+PROMPT_WORDS = 24
+MIN_TOKENS, MAX_TOKENS = 8, 128
 BIN = Path(sys.executable).parent
 KEY = "dpo-a-key-for-the-benchmark"
 CONTENDERS = ("offline", "ours", "transformers, cb", "transformers")
 
 
-def prompts_of(data: str, number: int = 256) -> list[str]:
-    """The beginnings of some prompts."""
+class Wanted(NamedTuple):
+    """One answer."""
+
+    prompt: str
+    max_tokens: int
+
+
+def wanted_of(data: str, number: int = 256) -> list[Wanted]:
+    """The beginnings of real prompts, and the lengths of their answers: equal ones would all end at the same moment."""
     from dpo_ray.config import DataConfig, SourceConfig
-    from dpo_ray.data.formats import transcript
     from dpo_ray.data.mixture import load_pool
 
     pool = load_pool(DataConfig(sources=(SourceConfig(path=data),), num_pairs=number))
-    texts = [pair.prompt if isinstance(pair.prompt, str) else transcript(pair.prompt) for pair in pool.train]
-    return [" ".join(text.split()[:PROMPT_WORDS]) for text in texts]
+    return [
+        Wanted(
+            " ".join(_text(pair.prompt).split()[:PROMPT_WORDS]),
+            min(max(len(_text(pair.chosen).split()), MIN_TOKENS), MAX_TOKENS),
+        )
+        for pair in pool.train
+    ]
+
+
+def _text(text: Any) -> str:
+    from dpo_ray.data.formats import transcript
+
+    return text if isinstance(text, str) else transcript(text)
 
 
 def free_port() -> int:
@@ -83,35 +103,34 @@ def server(command: list[str], url: str, environment: dict[str, str], log: Path)
             os.killpg(process.pid, signal.SIGKILL)
 
 
-async def offline(engine: Any, prompts: list[str], clients: int, rounds: int) -> dict[str, Any]:
+async def offline(engine: Any, wanted: Iterator[Wanted], clients: int) -> dict[str, Any]:
     """As many answers at work all the time, without HTTP."""
     from serve.schema import Ask
 
     tokens, began = 0, time.perf_counter()
 
-    async def client(number: int) -> None:
+    async def client() -> None:
         nonlocal tokens
-        for turn in range(number, clients * rounds, clients):
-            ask = Ask("bench", (prompts[turn % len(prompts)],), max_tokens=MAX_TOKENS, seed=turn)
-            async for item in engine.write(ask):
+        for prompt, max_tokens in wanted:
+            async for item in engine.write(Ask("bench", (prompt,), max_tokens=max_tokens, seed=0)):
                 if isinstance(item, list):
                     tokens += sum(piece.num_tokens for piece in item)
 
-    await asyncio.gather(*(client(number) for number in range(clients)))
+    await asyncio.gather(*(client() for _ in range(clients)))
     return {"tokens_per_s": tokens / (time.perf_counter() - began)}
 
 
-async def over_http(url: str, model: str, prompts: list[str], clients: int, rounds: int) -> dict[str, Any]:
+async def over_http(url: str, model: str, wanted: Iterator[Wanted], clients: int) -> dict[str, Any]:
     """Streams, one after the other from each client: tokens as the server counts them, times as the client sees."""
     import aiohttp
 
     tokens, first, between, statuses = 0, list[float](), list[float](), Counter[int]()
     started = time.perf_counter()
 
-    async def client(session: aiohttp.ClientSession, number: int) -> None:
+    async def client(session: aiohttp.ClientSession) -> None:
         nonlocal tokens
-        for turn in range(number, clients * rounds, clients):
-            body = {"model": model, "prompt": prompts[turn % len(prompts)], "max_tokens": MAX_TOKENS}
+        for prompt, max_tokens in wanted:
+            body = {"model": model, "prompt": prompt, "max_tokens": max_tokens}
             body |= {"temperature": 1.0, "stream": True, "stream_options": {"include_usage": True}}
             began, at, counted = time.perf_counter(), list[float](), 0
             async with session.post(f"{url}/v1/completions", json=body) as response:
@@ -131,7 +150,7 @@ async def over_http(url: str, model: str, prompts: list[str], clients: int, roun
     headers = {"Authorization": f"Bearer {KEY}"}
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        await asyncio.gather(*(client(session, number) for number in range(clients)))
+        await asyncio.gather(*(client(session) for _ in range(clients)))
     return {
         "tokens_per_s": tokens / (time.perf_counter() - started),
         "tokens": tokens,
@@ -145,7 +164,7 @@ def quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else float("nan")
 
 
-async def overload(url: str, prompts: list[str], clients: int) -> dict[str, Any]:
+async def overload(url: str, wanted: list[Wanted], clients: int) -> dict[str, Any]:
     """So many requests at once, and one more when they are over."""
     import aiohttp
 
@@ -155,7 +174,8 @@ async def overload(url: str, prompts: list[str], clients: int) -> dict[str, Any]
     async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
 
         async def ask(number: int) -> int:
-            body = {"model": "bench", "prompt": prompts[number % len(prompts)], "max_tokens": MAX_TOKENS}
+            prompt, max_tokens = wanted[number % len(wanted)]
+            body = {"model": "bench", "prompt": prompt, "max_tokens": max_tokens}
             async with session.post(f"{url}/v1/completions", json=body) as response:
                 await response.read()
                 return response.status
@@ -169,11 +189,11 @@ async def overload(url: str, prompts: list[str], clients: int) -> dict[str, Any]
 def main() -> None:
     parser = arguments(__doc__ or "", pairs=0, repeats=3)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=4, help="Answers to each client.")
+    parser.add_argument("--rounds", type=int, default=4, help="Answers to each client, in the mean.")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="Leave the others out.")
     options = parser.parse_args()
     data = data_of(options)
-    prompts = prompts_of(data)
+    wanted = wanted_of(data)
     contenders = [name for name in CONTENDERS if name in options.only]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
@@ -211,10 +231,11 @@ def main() -> None:
         stack.callback(engine.close)
 
         def measure(name: str, clients: int, rounds: int) -> dict[str, Any]:
+            queue = itertools.islice(itertools.cycle(wanted), clients * rounds)
             if name == "offline":
-                return asyncio.run(offline(engine, prompts, clients, rounds))
+                return asyncio.run(offline(engine, queue, clients))
             called = "bench" if name == "ours" else str(model)
-            return asyncio.run(over_http(urls[name], called, prompts, clients, rounds))
+            return asyncio.run(over_http(urls[name], called, queue, clients))
 
         for name in contenders:  # to warm up
             measure(name, 4, 1)
@@ -222,7 +243,7 @@ def main() -> None:
             for name in contenders:
                 # One after the other, an answer takes as long whatever waits: one round is enough to know that.
                 runs[name].append(measure(name, options.clients, 1 if name == "transformers" else options.rounds))
-        flood = asyncio.run(overload(urls["ours"], prompts, 10 * options.clients))
+        flood = asyncio.run(overload(urls["ours"], wanted, 10 * options.clients))
     told = told_of(runs, flood)
     write("serving", vars(options), {"runs": runs, "overload": flood}, told)
 

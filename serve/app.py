@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle
 from dpo_ray.config import validated
 from serve.answers import ReplicaLost
 from serve.config import ServeConfig, ServedModel
-from serve.process import EngineProcess
+from serve.process import EngineProcess, schedule
 from serve.schema import ApiError, Ask, Begun, Load, Piece, Reward
 
 DRAIN_S = 120.0
@@ -35,6 +35,9 @@ GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 INGRESS_REQUESTS = 4096
 """Requests that a process that speaks HTTP has open; those that no engine has room for are refused before."""
 
+NORMAL_PRIORITY = {"RAY_worker_niceness": "0"}
+"""Ray gives its workers a low one, as for work that nobody waits for; an engine would stand behind its own clients."""
+
 
 class EngineReplica:
     """An engine on Ray Serve."""
@@ -42,6 +45,7 @@ class EngineReplica:
     def __init__(self, served: dict[str, Any], max_tokens: int) -> None:
         model = ServedModel.model_validate(served)
         self._name = model.name
+        schedule("SCHED_BATCH")
         self._engine = EngineProcess(model, max_tokens)
 
     async def write(self, ask: Ask) -> AsyncGenerator[ApiError | Begun | list[Piece]]:
@@ -146,6 +150,7 @@ class Ingress:
     """The process that speaks HTTP."""
 
     def __init__(self, config: dict[str, Any], handles: dict[str, DeploymentHandle]) -> None:
+        schedule("SCHED_BATCH")
         # Into Ray Serve's own log of this replica, which is rotated: logs/serve/replica_dpo-ray_ingress_*.log.
         for handler in logging.getLogger("ray.serve").handlers:
             logging.getLogger("dpo_ray.serve").addHandler(handler)
@@ -197,6 +202,10 @@ def _engines(model: ServedModel, max_tokens: int) -> Application:
         health_check_period_s=5,
         health_check_timeout_s=30,
         max_surge_percent=100,
-        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        ray_actor_options={
+            "num_cpus": model.num_cpus,
+            "num_gpus": model.num_gpus,
+            "runtime_env": {"env_vars": NORMAL_PRIORITY},
+        },
     )
     return deployment.bind(model.model_dump(mode="json"), max_tokens)

@@ -18,6 +18,7 @@ from dpo_ray.storage import absolute
 from serve.auth import KEY_VARIABLE, ApiKey, new_key, read_keys
 from serve.config import ServeConfig, ServedModel
 from serve.models import as_reference, find_model
+from serve.process import schedule
 
 APP = "dpo-ray"
 
@@ -104,6 +105,7 @@ def deploy(
         secret, key = new_key("first")
         keys = [key]
     config = configure(wanted, keys)
+    schedule("SCHED_BATCH")  # and with it a cluster that is started here
     connect()
     if is_detached and _is_our_cluster():
         raise InputError("--detach leaves the service on a cluster, and there is none that stays: give --address")

@@ -32,6 +32,19 @@ END = None
 """Behind the last item of a request."""
 
 
+def schedule(policy: str) -> None:
+    """Tell Linux how to treat this process and those that it starts; elsewhere nothing happens.
+
+    Carrying 32 streams wakes threads of Ray hundreds of times a second, and each would interrupt the engine: on two
+    cores it then waits for a seventh of its time, and finds its caches emptied. Threads of `SCHED_BATCH` wait for a
+    core instead.
+    """
+    if sys.platform == "linux":
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError):  # it has ended meanwhile, or a sandbox forbids it
+                os.sched_setscheduler(int(thread), getattr(os, policy), os.sched_param(0))
+
+
 class EngineProcess:
     """The interface of `Engine`; see there.
 
@@ -234,6 +247,7 @@ def _failure(error: Exception) -> ApiError:
 
 def main(descriptor: int) -> None:
     """The child: an engine on a socket that its parent gave it."""
+    schedule("SCHED_OTHER")
     connection = Connection(descriptor)
     tree, max_tokens = connection.recv()
     import torch

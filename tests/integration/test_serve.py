@@ -132,6 +132,15 @@ def test_the_official_client_is_answered(client: openai.OpenAI, url: str):
     assert 'dpo_ray_replicas{model="tiny"} 2.0' in requests.get(f"{url}/metrics", headers=HEADERS, timeout=30).text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux schedules by policy")
+def test_engines_come_before_those_who_carry_their_pieces(client: openai.OpenAI):
+    for replica in engines():
+        (engine,) = replica.children()
+        assert (os.sched_getscheduler(engine.pid), engine.nice()) == (os.SCHED_OTHER, 0)
+        policies = [os.sched_getscheduler(thread.id) for thread in replica.threads()]
+        assert policies.count(os.SCHED_BATCH) > len(policies) // 2
+
+
 def test_whoever_hangs_up_frees_the_engines(url: str):
     body = {"model": "tiny", "prompt": "Once", "max_tokens": 200, "n": 8}
 

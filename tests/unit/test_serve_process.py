@@ -3,17 +3,20 @@
 import asyncio
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dpo_ray.errors import InputError
 from serve.config import ServedModel
 from serve.engine import Engine
-from serve.process import EngineProcess
+from serve.process import STATE_S, EngineProcess, schedule
 from serve.schema import ApiError, Ask, Begun
 
 ASK = Ask("tiny", ("Once upon", "The dog"), n=2, max_tokens=20, seed=3)
@@ -26,7 +29,11 @@ def served(tiny_model: Path) -> ServedModel:
 
 @pytest.fixture(scope="module")
 def process(served: ServedModel) -> Iterator[EngineProcess]:
-    made = EngineProcess(served, 200)
+    schedule("SCHED_BATCH")  # as those who carry pieces
+    try:
+        made = EngineProcess(served, 200)
+    finally:
+        schedule("SCHED_OTHER")
     yield made
     made.close()
     assert made._process.returncode is not None
@@ -46,6 +53,23 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux schedules by policy")
+def test_who_carries_pieces_does_not_interrupt_it(process: EngineProcess):
+    engine = psutil.Process(process._process.pid)
+    assert {os.sched_getscheduler(thread.id) for thread in engine.threads()} == {os.SCHED_OTHER}
+    own = threading.Event()
+    other = threading.Thread(target=own.wait, args=(30,))
+    other.start()
+    schedule("SCHED_BATCH")
+    try:
+        policies = {os.sched_getscheduler(thread.id) for thread in psutil.Process().threads()}
+    finally:
+        schedule("SCHED_OTHER")
+        own.set()
+        other.join()
+    assert policies == {os.SCHED_BATCH}
 
 
 def test_it_gives_what_an_engine_gives(process: EngineProcess, served: ServedModel):
@@ -80,6 +104,7 @@ def test_whoever_leaves_is_left_at_once(process: EngineProcess):
         await anext(source)
         await source.aclose()
 
+    time.sleep(2 * STATE_S)  # what it tells of itself is so old
     before = process.load()
     asyncio.run(leave())
     wait_for(lambda: process.load().requests > before.requests)
