@@ -502,6 +502,7 @@ def connect(address: str | None) -> None:
     import ray
 
     verbose = os.environ.get("DPO_RAY_VERBOSE") == "1"
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address,
@@ -511,6 +512,8 @@ def connect(address: str | None) -> None:
         )
     except (ConnectionError, ValueError) as error:
         raise InputError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
+    finally:
+        signal.signal(signal.SIGTERM, on_term)  # Ray sets its own, which ends this process before it has saved
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_a_run_on_an_object_store_is_interrupted_and_goes_on(
         assert first.poll() is None
         assert time.monotonic() < end
         time.sleep(0.1)
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGTERM)
     interrupted = finish(first, 130)
     assert interrupted["status"] == "interrupted"
     assert weather.refused == 8

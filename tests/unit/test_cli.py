@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from dpo_ray.cli import StudyLive, app, trials_table
+from dpo_ray.cli import StudyLive, app, connect, signals_set, trials_table
+from dpo_ray.launch import Interrupt
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(20)]
 
@@ -275,3 +278,15 @@ def test_the_table_of_a_study_has_the_best_and_the_time_left():
     ]
     title = str(trials_table(records, 6, "kl", "min", 120.0).title)
     assert title == "2 of 6 trials done; best kl 0.2000 (seed=0); about 4 min left"
+
+
+def test_ray_does_not_take_the_signal_that_saves(monkeypatch: pytest.MonkeyPatch):
+    def init(**options: Any) -> None:  # as Ray's own
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+
+    monkeypatch.setattr("ray.init", init)
+    interrupt = Interrupt()
+    with signals_set(interrupt):
+        connect(None)
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.is_set
