@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 DATA_REPORT_FILE, SUMMARY_FILE = "data_report.json", "summary.json"
 FOLLOW_INTERVAL_S, FOLLOW_REMOTE_INTERVAL_S = 0.3, 5.0
 """How often the driver looks for new metrics; an object store is asked, and paid, for every look."""
+GROWS, NODES_INTERVAL_S = "DPO_RAY_CLUSTER_GROWS", 5.0
+"""Set to 1 on clusters whose autoscaler adds nodes: Ray does not tell what it could add. How often we look for them."""
 
 
 class RunResult(NamedTuple):
@@ -215,11 +217,15 @@ def _reference_pass(
 def check_cluster(run: RunConfig) -> float:
     """GPUs per worker; refuse at once what the cluster can never schedule.
 
+    Where the environment has `GROWS`, the nodes that are missing are asked for first.
+
     Raises:
         InputError: Says what was asked and what is there.
     """
     import ray
 
+    if os.environ.get(GROWS) == "1":
+        _await_nodes(run)
     there = ray.cluster_resources()
     cpus, gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
     per_worker = run.cluster.gpus_per_worker
@@ -235,6 +241,30 @@ def check_cluster(run: RunConfig) -> float:
                 f"the cluster has {total:g}"
             )
     return gpus_per_worker
+
+
+def _await_nodes(run: RunConfig) -> None:
+    """Ask the autoscaler for the nodes of the workers, and wait for them for `cluster.wait_minutes`."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    cluster = run.cluster
+    workers = cluster.min_workers or cluster.num_workers
+    gpus = 0 if cluster.gpus_per_worker == "auto" else cluster.gpus_per_worker
+    each = {unit: math.ceil(number) for unit, number in (("CPU", cluster.cpus_per_worker), ("GPU", gpus)) if number}
+
+    def is_short() -> bool:
+        there = ray.cluster_resources()
+        return any(workers * number > there.get(unit, 0) for unit, number in each.items())
+
+    if not is_short():
+        return
+    logger.warning("asking for nodes for %d workers with %s each", workers, each)
+    request_resources(bundles=[each] * workers)
+    end = time.monotonic() + cluster.wait_minutes * 60
+    while is_short() and time.monotonic() < end:
+        time.sleep(NODES_INTERVAL_S)
+    request_resources(bundles=[])  # they stay while they are used, and for the autoscaler's idle time
 
 
 def _refuse_reuse(folder: Folder, resume: bool) -> None:

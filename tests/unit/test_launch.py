@@ -1,0 +1,63 @@
+"""The driver's look at the cluster, against a cluster that grows."""
+
+from typing import Any
+
+import pytest
+
+from dpo_ray import launch
+from dpo_ray.config import parse_run
+from dpo_ray.errors import InputError
+
+
+class Growing:
+    """A cluster without nodes, whose autoscaler brings some of what it is asked for."""
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+        self.asked: list[list[dict[str, int]]] = []
+        self.there: dict[str, float] = {}
+
+    def resources(self) -> dict[str, float]:
+        return self.there
+
+    def request(self, bundles: list[dict[str, int]]) -> None:
+        self.asked.append(bundles)
+        for bundle in bundles[: self.nodes]:
+            for unit, number in bundle.items():
+                self.there[unit] = self.there.get(unit, 0) + number
+
+
+def run(**cluster: Any) -> Any:
+    tree = {"name": "r", "model": {"path": "m"}, "data": {"sources": [{"path": "p"}]}}
+    return parse_run(tree | {"cluster": {"num_workers": 3, "cpus_per_worker": 4, "gpus_per_worker": 1, **cluster}})
+
+
+@pytest.fixture
+def growing(monkeypatch: pytest.MonkeyPatch) -> Growing:
+    found = Growing(3)
+    monkeypatch.setattr("ray.cluster_resources", found.resources)
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", found.request)
+    monkeypatch.setattr(launch, "NODES_INTERVAL_S", 0.01)
+    return found
+
+
+def test_a_cluster_that_grows_is_asked_for_the_nodes_of_the_workers(growing: Growing, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(launch.GROWS, "1")
+    assert launch.check_cluster(run()) == 1
+    assert growing.asked == [[{"CPU": 4, "GPU": 1}] * 3, []]
+    assert launch.check_cluster(run()) == 1
+    assert len(growing.asked) == 2, "what is there is not asked for"
+
+
+def test_nodes_that_do_not_come_are_waited_for_and_then_named(growing: Growing, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(launch.GROWS, "1")
+    growing.nodes = 2
+    with pytest.raises(InputError, match="needs 12 CPUs; the cluster has 8"):
+        launch.check_cluster(run(wait_minutes=0.001))
+    assert launch.check_cluster(run(min_workers=2)) == 1, "fewer are enough"
+
+
+def test_another_cluster_is_asked_for_nothing(growing: Growing):
+    with pytest.raises(InputError, match="needs 12 CPUs; the cluster has 0"):
+        launch.check_cluster(run())
+    assert growing.asked == []
