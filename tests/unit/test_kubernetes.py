@@ -17,6 +17,7 @@ from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 
 from dpo_ray.config import RunConfig, load_run, parse_override, validated
+from dpo_ray.launch import GROWS
 from serve.config import ServeConfig
 from tests.unit.manifests import CLUSTER, OVERLAYS, ROOT, Tree, built, of_kind, parsed, pods, ray_clusters
 
@@ -323,8 +324,9 @@ def test_a_job_starts_and_is_retried_by_the_same_command_on_shared_storage(overl
         assert str(run.reference.store).startswith("/shared/")
         folders.append(params.get("name") or run.name)
         (container,) = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
-        stop = {entry["name"]: entry["value"] for entry in container["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
-        assert int(stop) > run.checkpoint.stop_seconds
+        variables = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]) > run.checkpoint.stop_seconds
+        assert variables[GROWS] == "1", "the cluster that stays has no workers while there are no jobs"
     assert len(set(folders)) == 3, "two jobs would share a folder"
 
 
