@@ -21,6 +21,7 @@ import typer
 from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from dpo_ray import __version__
 from dpo_ray.config import RunConfig, load_run, parse_override, parse_run, recipe_schema
@@ -435,20 +436,35 @@ def report(run_dir: Annotated[str, typer.Argument(help="A folder of a run, a stu
 @app.command()
 @explained
 def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="Also look at the storage and the tracking of this recipe.", show_default=False),
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Also look at this folder or URI; default: storage.path of the recipe.")
+    ] = None,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds until a node that says nothing is given up.")] = 60.0,
     as_json: AsJson = False,
-    address: Annotated[str | None, typer.Option(help="Also look at this Ray cluster.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Also look at every node of this Ray cluster; `auto`: the one that runs here.")
+    ] = None,
 ) -> None:
-    """What this machine and cluster can do, and what is missing."""
-    from dpo_ray.doctor import checks, cluster_checks
+    """What this machine and cluster can do, what is missing, and how to mend it."""
+    from dpo_ray.doctor import findings, is_healthy, look_here
 
+    run = None if recipe is None else load_run(recipe)
     with result_stream(as_json) as emit:
-        found = checks()
         if address is not None:
-            connect(address)
-            found += cluster_checks()
-        emit([check._asdict() for check in found], show_checks)
-    if not all(check.is_ok for check in found):
-        raise typer.Exit(2)
+            dashboard = join(address)
+        facts = look_here(run, storage)
+        if address is not None:
+            from dpo_ray.cluster_facts import ask_cluster
+
+            facts = ask_cluster(facts, dashboard, patience)
+        found = findings(facts)
+        emit([finding._asdict() for finding in found], show_findings)
+    if not is_healthy(found):
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -498,22 +514,33 @@ def say(text: str) -> None:
 
 
 def connect(address: str | None) -> None:
-    """Join a Ray cluster, or start one here; nothing else in dpo-ray does."""
+    """Join a Ray cluster, or start one here."""
+    join(address)
+
+
+def join(address: str | None) -> str | None:
+    """As `connect`, and nothing else in dpo-ray does it; the address of the cluster's dashboard."""
+    from dpo_ray.reach import check_address
+
+    check_address(address or os.environ.get("RAY_ADDRESS"))
     import ray
+    from ray.exceptions import AuthenticationError
 
     verbose = os.environ.get("DPO_RAY_VERBOSE") == "1"
     on_term = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
+        joined = ray.init(
             address=address,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
             ignore_reinit_error=True,
         )
-    except (ConnectionError, ValueError) as error:
-        raise InputError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {error}") from None
+    except (ConnectionError, ValueError, RuntimeError, AuthenticationError) as error:
+        told = " ".join(str(error).split())
+        raise InputError(f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS')}: {told}") from None
     finally:
         signal.signal(signal.SIGTERM, on_term)  # Ray sets its own, which ends this process before it has saved
+    return str(joined.dashboard_url) if joined.dashboard_url else None
 
 
 @contextmanager
@@ -749,11 +776,14 @@ def show_metrics(title: str, values: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
-def show_checks(found: list[dict[str, Any]]) -> None:
-    table = Table()
-    for heading in ("", "what", "found"):
-        table.add_column(heading)
-    for check in found:
-        told = check["found"] if check["is_ok"] else f"{check['found']}: {check['advice']}"
-        table.add_row("ok" if check["is_ok"] else "MISSING", check["name"], told)
+def show_findings(found: list[dict[str, Any]]) -> None:
+    table = Table(show_lines=False)
+    for heading in ("", "what", "where", "found"):
+        table.add_column(heading, overflow="fold")
+    for finding in found:
+        state, told = finding["state"], finding["found"]
+        if state != "ok":
+            told = f"{told}\n-> {finding['fix']}"
+        style = {"ok": None, "warn": "yellow", "fail": "red"}[state]
+        table.add_row(state, finding["name"], ", ".join(finding["where"]), Text(told), style=style)
     Console().print(table)

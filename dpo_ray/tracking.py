@@ -274,6 +274,22 @@ def tracking_uri(run: RunConfig) -> str:
     return run.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{absolute(folder)}/mlflow.db"
 
 
+def check_store(uri: str) -> None:
+    """Ask a tracking store a small question.
+
+    Raises:
+        InputError: It cannot be used, and why.
+    """
+    _quieten()
+    try:
+        if uri.startswith("sqlite:///"):  # asking would create it
+            Folder(str(Path(uri.removeprefix("sqlite:///")).absolute().parent)).check_writable()
+        else:
+            MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
+    except _STORE_ERRORS as error:
+        raise InputError(f"cannot use MLflow at {redacted(uri)}: {_line(error)}") from None
+
+
 def registered_model(name: str) -> str:
     """The folder of `models:/name@alias` or `models:/name/version` in MLflow's registry: MLFLOW_TRACKING_URI, else the
     SQLite file beside the runs in `runs`, or here.

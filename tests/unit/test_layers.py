@@ -18,7 +18,20 @@ LAYERS = {
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
     ],
     "material": [
-        *("storage", "attempts", "lease", "notices", "pulse", "data", "attention", "models", "manifest", "shards"),
+        *(
+            "storage",
+            "machine",
+            "reach",
+            "attempts",
+            "lease",
+            "notices",
+            "pulse",
+            "data",
+            "attention",
+            "models",
+            "manifest",
+            "shards",
+        ),
         *("checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare"),
         *("page", "report", "study", "study_findings", "study_panels", "study_report", "acquire_report"),
         *("acquisition.pool", "acquisition.answers"),
@@ -29,7 +42,7 @@ LAYERS = {
         *("acquisition.judge", "acquisition.chat", "acquisition.label_queue"),
     ],
     "launch": ["launch", "supervise", "sweep", "acquisition.rounds", "acquire", "score", "submit"],
-    "surface": ["cli", "demo", "doctor", "serve", "tune_spaces"],
+    "surface": ["cli", "demo", "doctor", "cluster_facts", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
 WITHOUT_RAY = {"words", "mathematics", "material"}
