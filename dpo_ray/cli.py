@@ -777,7 +777,7 @@ def show_metrics(title: str, values: Mapping[str, Any]) -> None:
 
 
 def show_findings(found: list[dict[str, Any]]) -> None:
-    table = Table(show_lines=False)
+    table = Table()
     for heading in ("", "what", "where", "found"):
         table.add_column(heading, overflow="fold")
     for finding in found:
@@ -785,5 +785,7 @@ def show_findings(found: list[dict[str, Any]]) -> None:
         if state != "ok":
             told = f"{told}\n-> {finding['fix']}"
         style = {"ok": None, "warn": "yellow", "fail": "red"}[state]
-        table.add_row(state, finding["name"], ", ".join(finding["where"]), Text(told), style=style)
+        where = finding["where"]
+        named = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+        table.add_row(state, finding["name"], named, Text(told), style=style)
     Console().print(table)

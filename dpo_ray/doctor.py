@@ -171,8 +171,8 @@ def findings(facts: Facts) -> list[Finding]:
     found = [
         *_nodes(facts),
         *_on_machines(facts, _python),
-        *_on_machines(facts, _packages),
-        *_differences(facts),
+        *_versions(facts),
+        *_on_machines(facts, _missing),
         *_on_machines(facts, _devices),
         *_gpus_by_ray(facts),
         *_collectives(facts),
@@ -221,12 +221,10 @@ def _python(machine: Machine) -> Iterator[Told]:
     yield "python", "ok" if is_ok else "fail", found, "use Python 3.11, 3.12 or 3.13"
 
 
-def _packages(machine: Machine) -> Iterator[Told]:
+def _missing(machine: Machine) -> Iterator[Told]:
     for name, version in machine.versions.items():
         if version is None:
             yield name, "fail", "not installed", f"pip install {name}, at the version that the other nodes have"
-        elif name != "python":
-            yield name, "ok", version, ""
 
 
 def _devices(machine: Machine) -> Iterator[Told]:
@@ -311,27 +309,27 @@ def _nodes(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _differences(facts: Facts) -> Iterator[Finding]:
-    """Versions that differ from the driver's."""
+def _versions(facts: Facts) -> Iterator[Finding]:
+    """The driver's, and what differs from them."""
     ours = facts.driver.versions
+    for name, mine in ours.items():
+        if name != "python" and mine is not None:
+            yield Finding(name, "ok", ("driver",), mine)
     for node in _answering(facts):
         assert node.machine is not None
-        for name, theirs in node.machine.versions.items():
-            mine = ours.get(name)
-            if theirs is None or mine is None or theirs.partition("+")[0] == mine.partition("+")[0]:
-                continue  # +cpu and +cu128 of torch are the same version
-            yield Finding(
-                "versions",
-                "fail" if name in SAME_EVERYWHERE else "warn",
-                (node.address,),
-                f"{name} is {theirs}, the driver's is {mine}",
-                "use one image, or one constraints file, on all nodes",
-            )
-    if facts.cluster is not None:
-        drivers = {node.machine.driver for node in _answering(facts) if node.machine and node.machine.driver}
-        if len(drivers) > 1:
-            found = f"GPU drivers differ between nodes: {', '.join(sorted(drivers))}"
-            yield Finding("versions", "warn", ("cluster",), found, "install one driver on all nodes")
+        # +cpu and +cu128 of torch are the same version; what is missing has its own finding
+        pairs = [(name, ours.get(name), theirs) for name, theirs in node.machine.versions.items()]
+        differing = [p for p in pairs if p[1] and p[2] and p[1].partition("+")[0] != p[2].partition("+")[0]]
+        for name, mine, theirs in differing:
+            state: State = "fail" if name in SAME_EVERYWHERE else "warn"
+            fix = "use one image, or one constraints file, on all nodes"
+            yield Finding("versions", state, (node.address,), f"{name} is {theirs}, the driver's is {mine}", fix)
+        if not differing:
+            yield Finding("versions", "ok", (node.address,), "as the driver's")
+    drivers = {node.machine.driver for node in _answering(facts) if node.machine and node.machine.driver}
+    if len(drivers) > 1:
+        found = f"GPU drivers differ between nodes: {', '.join(sorted(drivers))}"
+        yield Finding("versions", "warn", ("cluster",), found, "install one driver on all nodes")
 
 
 def _gpus_by_ray(facts: Facts) -> Iterator[Finding]:
@@ -360,9 +358,10 @@ def _collectives(facts: Facts) -> Iterator[Finding]:
         bad = [node for node in members if getattr(node, name) is not None]
         for node in bad:
             yield Finding(name, "fail", (node.address,), str(getattr(node, name)), fix)
-        if members and not bad:
-            told = "an all-reduce over all nodes" if name == "gloo" else "an all-reduce over all GPUs"
-            yield Finding(name, "ok", tuple(node.address for node in members), told)
+        good = tuple(node.address for node in members if node not in bad)
+        if good:
+            told = "nodes" if name == "gloo" else "nodes, all their GPUs"
+            yield Finding(name, "ok", good, f"an all-reduce over {len(good)} {told}")
 
 
 def _storage(facts: Facts) -> Iterator[Finding]:

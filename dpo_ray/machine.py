@@ -82,7 +82,7 @@ def left_as_it_was(path: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def answer_in_storage(path: str, question: str, answer: str, content: bytes) -> str | None:
+def answer_in_storage(path: str, question: str, answer: str, content: bytes, patience_s: float = 5.0) -> str | None:
     """Find the file `question` in a folder and write `answer` beside it; what is wrong, None if nothing.
 
     Nothing is written where the file is not found: that is another folder.
@@ -90,7 +90,7 @@ def answer_in_storage(path: str, question: str, answer: str, content: bytes) -> 
     from dpo_ray.storage import Folder
 
     folder = Folder(path)
-    until = time.monotonic() + 5  # a network file system may need a moment
+    until = time.monotonic() + patience_s  # a network file system may need a moment
     while not folder.exists(question):
         if time.monotonic() > until:
             there = "a folder of its own, not the driver's" if folder.exists() else "no such folder"
@@ -104,9 +104,7 @@ def answer_in_storage(path: str, question: str, answer: str, content: bytes) -> 
 
 def opens_gloo() -> None:
     """Raises where gloo finds no network interface to work on."""
-    import torch.distributed as dist
-
-    dist.ProcessGroupGloo.create_default_device()
+    all_reduce(None, 0, 1, "127.0.0.1", free_port("127.0.0.1"), 10.0)
 
 
 def all_reduce(gpu: int | None, rank: int, size: int, address: str, port: int, seconds: float) -> None:
