@@ -399,13 +399,17 @@ def export(
     run_dir: Annotated[str, typer.Argument(help="A run folder.")],
     output: Annotated[str | None, typer.Option(help="Where to; default: RUN_DIR/model.")] = None,
     step: Annotated[int | None, typer.Option(help="Checkpoint of this step; default: the best, else the last.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model, as the run did.")
+    ] = False,
 ) -> None:
     """Write the model of a checkpoint as a Hugging Face folder."""
     from dpo_ray.launch import SUMMARY_FILE, write_model
     from dpo_ray.prepare import recipe_of
     from dpo_ray.storage import Folder
 
-    folder, run = Folder(run_dir), recipe_of(run_dir)
+    folder = Folder(run_dir)
+    run = recipe_of(run_dir, {"model.trust_remote_code": True} if trust_remote_code else None)
     summary = folder.read_json(SUMMARY_FILE) if folder.exists(SUMMARY_FILE) else None
     target = Folder(output) if output else folder / "model"
     if output and target.names():

@@ -5,6 +5,7 @@ a sweep cannot reach a run that a person could not. The docstring under a field 
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -862,7 +863,8 @@ def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfi
         path: A file, or the name of a recipe that ships with the package.
 
     Raises:
-        InputError: The file is missing or not YAML, or a key or value is wrong; names the key.
+        InputError: The file is missing or not YAML, a key or value is wrong, or a value holds a password; names the
+            key.
     """
     shipped = Path(__file__).parent / "recipes" / f"{path}.yaml"
     try:
@@ -873,7 +875,24 @@ def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfi
         raise InputError(f"{path} is not a YAML recipe: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path} is not a recipe: expected a mapping of sections, found {type(tree).__name__}")
-    return parse_run(tree, overrides)
+    run = parse_run(tree, overrides)
+    _refuse_passwords(run.model_dump(mode="json"), "")
+    return run
+
+
+def _refuse_passwords(value: Any, key: str) -> None:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_passwords(item, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_passwords(item, f"{key}.{index}")
+    elif isinstance(value, str) and re.search(r"\w://[^\s/@:]*:[^\s/@]+@", value):
+        raise InputError(
+            f"`{key}` holds a password, and recipes are kept in run folders: take it from the environment "
+            "(MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY)"
+        )
 
 
 def parse_run(tree: dict[str, Any], overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from dpo_ray import machine
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError
-from dpo_ray.storage import Folder, absolute, is_uri
+from dpo_ray.storage import Folder, absolute, is_uri, redacted
 
 State = Literal["ok", "warn", "fail"]
 GIB = 2**30
@@ -145,7 +145,7 @@ def _try_tracking(run: RunConfig | None) -> tuple[str | None, str | None]:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if run.tracking.kind == "none" if run is not None else uri is None:
         return None, None
-    from dpo_ray.tracking import check_store, redacted, tracking_uri
+    from dpo_ray.tracking import check_store, tracking_uri
 
     uri = tracking_uri(run) if run is not None else uri or ""
     shown, server = redacted(uri), machine.server_of(uri)
@@ -369,15 +369,16 @@ def _storage(facts: Facts) -> Iterator[Finding]:
         return
     if facts.storage_problem is not None:
         fix = "give a place that can be written, by storage.path or --storage, or its credentials"
-        yield Finding("storage", "fail", ("driver",), facts.storage_problem, fix)
+        yield Finding("storage", "fail", ("driver",), redacted(facts.storage_problem), fix)
         return
-    yield Finding("storage", "ok", ("driver",), f"{facts.storage} can be written")
+    good = f"{redacted(facts.storage)} can be written"
+    yield Finding("storage", "ok", ("driver",), good)
     for node in _answering(facts):
         if node.storage is not None:
             fix = "mount one shared file system at this path on every node, or use a URI such as s3://bucket/runs"
-            yield Finding("storage", "fail", (node.address,), node.storage, fix)
+            yield Finding("storage", "fail", (node.address,), redacted(node.storage), fix)
         else:
-            yield Finding("storage", "ok", (node.address,), f"{facts.storage} can be written")
+            yield Finding("storage", "ok", (node.address,), good)
 
 
 def _object_store(facts: Facts) -> Iterator[Finding]:

@@ -64,11 +64,18 @@ def recipe_of(run_dir: str, overrides: Mapping[str, Any] | None = None) -> RunCo
     """The recipe that a run folder was written with.
 
     Raises:
-        InputError: It is no run folder.
+        InputError: It is no run folder, or would have code run that the overrides do not allow: who wrote a folder does
+            not decide that.
     """
     if not is_run(run_dir):
         raise InputError(f"{run_dir} is not a run folder: it has no {RECIPE_FILE}")
-    return parse_run(yaml.safe_load(Folder(run_dir).read(RECIPE_FILE)), overrides)
+    run = parse_run(yaml.safe_load(Folder(run_dir).read(RECIPE_FILE)), overrides)
+    if run.model.trust_remote_code and "model.trust_remote_code" not in (overrides or {}):
+        raise InputError(
+            f"the recipe in {run_dir} would run Python code that comes with its model; if you have read it, say so "
+            "(evaluate: model.trust_remote_code=true; export: --trust-remote-code; serve: --set trust_remote_code=true)"
+        )
+    return run
 
 
 def model_of(path: str, trust_remote_code: bool = False) -> ModelSource:

@@ -6,6 +6,7 @@ Every path that a recipe names goes through `Folder`. Local paths and URIs (`s3:
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from dpo_ray.errors import InputError
 
 def is_uri(path: str) -> bool:
     return "://" in path
+
+
+def redacted(text: str) -> str:
+    """The text without user and password in its URIs."""
+    return re.sub(r"(\w://)[^\s/@\"']+@", r"\1***@", text)
 
 
 def absolute(path: str) -> str:

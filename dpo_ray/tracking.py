@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, final
 
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
-from dpo_ray.storage import Folder, absolute, is_uri
+from dpo_ray.storage import Folder, absolute, is_uri, redacted
 
 # Read by MLflow when it is imported: no usage reports, nothing on stdout, a dead server noticed in seconds.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -320,11 +320,6 @@ def registered_model(name: str) -> str:
 def recipe_params(run: RunConfig) -> dict[str, str]:
     """A resolved recipe as flat parameters: dotted keys as in overrides, values as in YAML."""
     return dict(_flat(run.model_dump(mode="json"), ""))
-
-
-def redacted(text: str) -> str:
-    """The text without user and password in its URIs."""
-    return re.sub(r"(\w://)[^\s/@\"']+@", r"\1***@", text)
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,13 +56,14 @@ def configure(wanted: Wanted, keys: Sequence[ApiKey]) -> ServeConfig:
     """
     if wanted.insecure and not is_loopback(wanted.host):
         raise InputError(f"--insecure is for loopback, and {wanted.host} is not: use keys")
-    first = find_model(
+    find = partial(find_model, trust_remote_code=dict(wanted.settings).get("trust_remote_code") is True)
+    first = find(
         wanted.model,
         name=wanted.name,
         reference=wanted.reference,
         adapters=[_named(text, "--adapter") for text in wanted.adapters],
     )
-    models = [first, *(find_model(path, name=name) for name, path in (_named(text, "--also") for text in wanted.also))]
+    models = [first, *(find(path, name=name) for name, path in (_named(text, "--also") for text in wanted.also))]
     names = [name for model in models for name in (model.name, *model.adapters)]
     compare = None
     if wanted.preferences is not None:

@@ -34,8 +34,10 @@ def find_model(
     found = _registered(path) if path.startswith("models:/") else path
     # A registered model lies in the folder of the run that made it, if that is still there.
     run_dir = next((folder for folder in (found, str(Path(found).parent)) if is_run(folder)), None)
-    run = None if run_dir is None else resolve(recipe_of(run_dir))
-    trusts = trust_remote_code or (run is not None and run.model.trust_remote_code)
+    trusts = trust_remote_code
+    run = (
+        None if run_dir is None else resolve(recipe_of(run_dir, {"model.trust_remote_code": True} if trusts else None))
+    )
     source = model_of(found, trusts)
     folder = local_folder(source)
     is_adapter = (folder / "adapter_config.json").exists()
