@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs bench findings chaos wheel clean
+.PHONY: help install demo test check format docs bench findings chaos cluster-local cluster-local-stop wheel clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Create .venv and install the tested versions
 
@@ -52,6 +52,12 @@ findings: $(INSTALLED) ## Data efficiency, early stopping and active learning in
 
 chaos: $(INSTALLED) ## Kill parts of runs at random moments, RUNS=20 times
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/chaos.py --runs $(or $(RUNS),20)
+
+cluster-local: $(INSTALLED) ## A Ray cluster of NODES=3 raylets on this machine, with token authentication
+	@BIN=$(BIN) cluster/local.sh start $(or $(NODES),3)
+
+cluster-local-stop: ## End that cluster, and nothing else
+	@cluster/local.sh stop
 
 wheel: $(INSTALLED) ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel
