@@ -10,9 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,16 +22,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column, Table
 from rich.text import Text
 
-from dpo_ray import __version__
+from dpo_ray import __version__, job_env
+from dpo_ray.cli_jobs import jobs, submit
 from dpo_ray.config import RunConfig, load_run, parse_override, parse_run, recipe_schema
-from dpo_ray.errors import InputError, RunFailed
+from dpo_ray.errors import InputError
+from dpo_ray.terminal import AsJson, console, explained, result_stream, say
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console(stderr=True)
+app.add_typer(jobs, name="jobs")
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe: a YAML run file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as loss.beta=0.3.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster; `local` starts one here. Default: RAY_ADDRESS, else one on this machine."),
@@ -41,24 +41,8 @@ Address = Annotated[
 
 def main() -> None:
     """Entry point of the console script."""
+    job_env.load()
     app()
-
-
-def explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a person can act on into one line and an exit code."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except InputError as error:
-            console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-        except RunFailed as error:
-            console.print(f"failed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(3) from None
-
-    return run
 
 
 @app.command()
@@ -393,6 +377,9 @@ def serve(
     deploy(wanted, tell=say, connect=lambda: connect(address), is_detached=detach)
 
 
+app.command()(submit)
+
+
 @app.command()
 @explained
 def export(
@@ -510,11 +497,8 @@ def options(
     """Align language models with preferences on a Ray cluster."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(message)s")
     os.environ["DPO_RAY_VERBOSE"] = "1" if verbose else "0"
-
-
-def say(text: str) -> None:
-    """A line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    for notice in job_env.version_notice():
+        say(notice)
 
 
 def connect(address: str | None) -> None:
@@ -564,27 +548,6 @@ def signals_set(interrupt: Any) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def result_stream(as_json: bool) -> Iterator[Callable[[Any, Callable[[Any], None]], None]]:
-    """Gives `emit(result, show)`. With JSON, stdout belongs to the result alone; all else goes to stderr."""
-    if not as_json:
-        yield lambda result, show: show(result)
-        return
-    sys.stdout.flush()
-    real = os.dup(1)
-    os.dup2(2, 1)
-
-    def emit(result: Any, show: Callable[[Any], None]) -> None:
-        os.write(real, (json.dumps(result, indent=2) + "\n").encode())
-
-    try:
-        yield emit
-    finally:
-        sys.stdout.flush()
-        os.dup2(real, 1)
-        os.close(real)
 
 
 class Live:

@@ -7,6 +7,7 @@ a sweep cannot reach a run that a person could not. The docstring under a field 
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -44,8 +45,16 @@ class Config(BaseModel):
 Section = TypeVar("Section", bound=Config)
 
 
+class Place(Enum):
+    """What the text of a key leads to, so that a job can be refused whose files its cluster does not see."""
+
+    FOLDER = "a folder that every node reads and writes: a local path or a filesystem's URI"
+    MATERIAL = "a local path, a filesystem's URI, or a name on the hub"
+    URL = "a server, or a local database"
+
+
 class StorageConfig(Config):
-    path: str = "runs"
+    path: Annotated[str, Place.FOLDER] = "runs"
     """Folder of all runs: a local path or any pyarrow filesystem URI (`s3://...`, `gs://...`). Must be visible to
     every node. The run folder is `path/name`."""
 
@@ -65,7 +74,7 @@ class LoraConfig(Config):
 
 
 class ModelConfig(Config):
-    path: str
+    path: Annotated[str, Place.MATERIAL]
     """Hub id or folder of a Hugging Face causal language model (safetensors)."""
 
     revision: str | None = None
@@ -82,20 +91,20 @@ class ModelConfig(Config):
 
 
 class ReferenceConfig(Config):
-    path: str | None = None
+    path: Annotated[str | None, Place.MATERIAL] = None
     """Hub id or folder of the reference model; null: the model before training."""
 
     revision: str | None = None
     """Branch, tag or commit of `path` on the hub."""
 
-    store: str | None = None
+    store: Annotated[str | None, Place.FOLDER] = None
     """Folder of the reference log-prob store, shared by all runs; null: `storage.path/.reference`."""
 
 
 class PromptFrom(Config):
     """Take the prompt of each row from another file, joined by a key."""
 
-    path: str
+    path: Annotated[str, Place.MATERIAL]
     """File of the prompts."""
 
     on: str
@@ -106,7 +115,7 @@ class PromptFrom(Config):
 
 
 class SourceConfig(Config):
-    path: str
+    path: Annotated[str, Place.MATERIAL]
     """Hub data set name, file, glob, folder, or pyarrow filesystem URI; JSONL, JSON, Parquet, CSV, Arrow, also .gz."""
 
     format: Format = "auto"
@@ -583,7 +592,7 @@ class TrackingConfig(Config):
     kind: Literal["mlflow", "none"] = "mlflow"
     """`none` keeps only the run folder."""
 
-    uri: str | None = None
+    uri: Annotated[str | None, Place.URL] = None
     """MLflow tracking URI; null: MLFLOW_TRACKING_URI, else `sqlite:///mlflow.db` in `storage.path`."""
 
     experiment: str = "dpo-ray"
@@ -696,7 +705,7 @@ class RewardModelOracleConfig(OracleConfig):
     kind: Literal["reward_model"] = "reward_model"
     """A Hugging Face model for sequence classification with one output."""
 
-    path: str
+    path: Annotated[str, Place.MATERIAL]
     """Hub id or folder."""
 
     revision: str | None = None
@@ -710,7 +719,7 @@ class LlmOracleConfig(OracleConfig):
     kind: Literal["llm"] = "llm"
     """A judge behind an OpenAI-compatible chat endpoint."""
 
-    url: str = "https://api.openai.com/v1"
+    url: Annotated[str, Place.URL] = "https://api.openai.com/v1"
     """Base URL, without `/chat/completions`."""
 
     model: str
@@ -747,7 +756,7 @@ class LlmOracleConfig(OracleConfig):
     prices: tuple[float, float] | None = None
     """Price of a million prompt tokens and of a million answer tokens, for the cost in the report."""
 
-    cache: str | None = None
+    cache: Annotated[str | None, Place.FOLDER] = None
     """Folder of the answers, by content; null: `storage.path/.judge`."""
 
 
@@ -953,6 +962,18 @@ def with_override(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
     result: dict[str, Any] = put(tree, key.split("."))
     return result
+
+
+def places(section: Config, prefix: str = "") -> Iterator[tuple[str, Place, str]]:
+    """Every key of a recipe that leads somewhere, with what it says; not those that are null."""
+    for name, field in type(section).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(section, name)
+        if isinstance(value, str):
+            yield from ((key, mark, value) for mark in field.metadata if isinstance(mark, Place))
+        items = [(key, value)] if not isinstance(value, tuple) else [(f"{key}.{i}", v) for i, v in enumerate(value)]
+        for below, item in items:
+            if isinstance(item, Config):
+                yield from places(item, f"{below}.")
 
 
 def _explain(error: ValidationError, kind_of_all: type[Config]) -> str:

@@ -88,8 +88,7 @@ def _find(path: str, split: str | None) -> list[File]:
         shown = path[: wildcard.start()].rpartition("/")[0]
         pattern = inner[len(base) :].lstrip("/")
     else:
-        is_file = is_uri(path) or path.startswith((".", "/", "~")) or _suffixes(path)[0] in READERS
-        if is_file or not HUB_NAME.fullmatch(path):
+        if is_uri(path) or not may_be_hub_name(path):
             raise InputError(f"no data at {path}")
         return []
     wanted = _glob(pattern)
@@ -104,6 +103,12 @@ def _find(path: str, split: str | None) -> list[File]:
     if not names:
         raise InputError(f"no data at {path}" + (f" of the split `{split}`" if split else ""))
     return [File(filesystem, str(PurePosixPath(base, name)), f"{shown}/{name}" if shown else name) for name in names]
+
+
+def may_be_hub_name(path: str) -> bool:
+    """Whether a path that leads nowhere on this disk can be the name of something on the hub."""
+    is_file = path.startswith((".", "/", "~")) or _suffixes(path)[0] in READERS
+    return not is_file and HUB_NAME.fullmatch(path) is not None
 
 
 def _info(filesystem: fs.FileSystem, wanted: Any, path: str) -> Any:

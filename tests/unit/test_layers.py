@@ -30,9 +30,8 @@ LAYERS = {
             "attention",
             "models",
             "manifest",
-            "shards",
         ),
-        *("checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare"),
+        *("shards", "checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare", "job_env"),
         *("page", "report", "study", "study_findings", "study_panels", "study_report", "acquire_report"),
         *("acquisition.pool", "acquisition.answers"),
     ],
@@ -41,8 +40,8 @@ LAYERS = {
         *("train", "uploads", "evaluate", "acquisition.samples", "acquisition.features", "acquisition.oracles"),
         *("acquisition.judge", "acquisition.chat", "acquisition.label_queue"),
     ],
-    "launch": ["launch", "supervise", "sweep", "acquisition.rounds", "acquire", "score", "submit"],
-    "surface": ["cli", "demo", "doctor", "cluster_facts", "serve", "tune_spaces"],
+    "launch": ["launch", "supervise", "sweep", "acquisition.rounds", "acquire", "score", "shipping", "submit", "jobs"],
+    "surface": ["terminal", "cli", "cli_jobs", "demo", "doctor", "cluster_facts", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
 WITHOUT_RAY = {"words", "mathematics", "material"}
