@@ -49,7 +49,8 @@ class Place(Enum):
     """What the text of a key leads to, so that a job can be refused whose files its cluster does not see."""
 
     FOLDER = "a folder that every node reads and writes: a local path or a filesystem's URI"
-    MATERIAL = "a local path, a filesystem's URI, or a name on the hub"
+    DATA = "a local path, a filesystem's URI, or a name on the hub"
+    MODEL = "a local folder, or a name on the hub"
     URL = "a server, or a local database"
 
 
@@ -74,7 +75,7 @@ class LoraConfig(Config):
 
 
 class ModelConfig(Config):
-    path: Annotated[str, Place.MATERIAL]
+    path: Annotated[str, Place.MODEL]
     """Hub id or folder of a Hugging Face causal language model (safetensors)."""
 
     revision: str | None = None
@@ -91,7 +92,7 @@ class ModelConfig(Config):
 
 
 class ReferenceConfig(Config):
-    path: Annotated[str | None, Place.MATERIAL] = None
+    path: Annotated[str | None, Place.MODEL] = None
     """Hub id or folder of the reference model; null: the model before training."""
 
     revision: str | None = None
@@ -104,7 +105,7 @@ class ReferenceConfig(Config):
 class PromptFrom(Config):
     """Take the prompt of each row from another file, joined by a key."""
 
-    path: Annotated[str, Place.MATERIAL]
+    path: Annotated[str, Place.DATA]
     """File of the prompts."""
 
     on: str
@@ -115,7 +116,7 @@ class PromptFrom(Config):
 
 
 class SourceConfig(Config):
-    path: Annotated[str, Place.MATERIAL]
+    path: Annotated[str, Place.DATA]
     """Hub data set name, file, glob, folder, or pyarrow filesystem URI; JSONL, JSON, Parquet, CSV, Arrow, also .gz."""
 
     format: Format = "auto"
@@ -705,7 +706,7 @@ class RewardModelOracleConfig(OracleConfig):
     kind: Literal["reward_model"] = "reward_model"
     """A Hugging Face model for sequence classification with one output."""
 
-    path: Annotated[str, Place.MATERIAL]
+    path: Annotated[str, Place.MODEL]
     """Hub id or folder."""
 
     revision: str | None = None

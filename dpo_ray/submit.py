@@ -24,16 +24,14 @@ from dpo_ray.storage import Folder, absolute, is_uri
 COMMANDS = ("train", "sweep", "acquire", "score", "evaluate", "serve")
 
 PLACES: Mapping[str, Mapping[str, Place]] = {
-    "score": {"model": Place.MATERIAL},
-    "evaluate": {"model": Place.MATERIAL, "data": Place.MATERIAL, "reference": Place.MATERIAL},
+    "score": {"model": Place.MODEL},
+    "evaluate": {"model": Place.MODEL, "data": Place.DATA, "reference": Place.MODEL},
     "serve": {
-        **dict.fromkeys(("model", "reference", "adapter", "also"), Place.MATERIAL),
+        **dict.fromkeys(("model", "reference", "adapter", "also"), Place.MODEL),
         **dict.fromkeys(("preferences", "queue"), Place.FOLDER),
     },
 }
 """Options and arguments of commands that lead somewhere, as `Place` says of the keys of a recipe."""
-SENT = {"recipe", "space", "keys"}
-"""Those that are files of this machine, which go along."""
 NAMED = {"adapter", "also"}
 """Those that are NAME=PATH."""
 NOT_OF_A_JOB = {
@@ -41,9 +39,10 @@ NOT_OF_A_JOB = {
     "new_key": "a new key is not for a job's log: dpo-ray serve --new-key NAME runs here",
 }
 FIXES = {
-    Place.FOLDER: "an object store, such as s3://bucket/folder",
-    Place.MATERIAL: "an object store, or the hub",
-    Place.URL: "a server that the nodes reach",
+    Place.FOLDER: "take an object store, such as s3://bucket/folder",
+    Place.DATA: "put it into an object store, or on the hub",
+    Place.MODEL: "put it on the hub",
+    Place.URL: "take a server that the nodes reach",
 }
 HOW_NOT_WHAT = {"resume", "as_json"}
 """Options that do not make it another job."""
@@ -157,8 +156,8 @@ def build(
 def located(run: RunConfig, sight: Sight, hidden: list[str]) -> RunConfig:
     """The recipe with its local paths absolute; those that the cluster does not see are told in `hidden`."""
     if run.tracking.kind == "mlflow" and run.tracking.uri is None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or ("sqlite:///mlflow.db" if is_uri(run.storage.path) else None)
-        run = parse_run(run.model_dump(mode="json", exclude_unset=True), {"tracking.uri": uri})
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or ("sqlite:///mlflow.db" if is_uri(run.storage.path) else "")
+        run = parse_run(run.model_dump(mode="json", exclude_unset=True), {"tracking.uri": uri} if uri else {})
     overrides = {}
     for key, place, text in places(run):
         if key == "tracking.uri" and run.tracking.kind == "none":
@@ -210,7 +209,9 @@ def _space(
     """The search space under the name that the job finds it by; checked, and with what it needs in `files`."""
     name = str(values["space"])
     for key, settings in load_space(name, run, values.get("metric") or (), values.get("seeds")).settings.items():
-        for choice in () if isinstance(settings, Range) else settings:
+        if isinstance(settings, Range) or key.startswith("loss"):  # keys of a loss hold only together
+            continue
+        for choice in settings:
             tried = parse_run(with_override(run.model_dump(mode="json", exclude_unset=True), key, choice.value))
             for path, place, text in places(tried):
                 if local(text, place)[1] != text:
