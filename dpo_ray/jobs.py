@@ -30,7 +30,7 @@ from dpo_ray.shipping import stage, variables
 from dpo_ray.submit import Job
 
 OLDEST_RAY = "2.59"
-CONNECT_S, ANSWER_S = 10, 120
+CONNECT_S, ANSWER_S, AGENT_S = 10, 120, 60
 SILENCE_S = 60.0
 """A log that has said nothing for so long is asked for anew: a lost connection may look like silence."""
 PATIENCE_S = 600.0
@@ -206,23 +206,34 @@ class Cluster:
             environment["worker_process_setup_hook"] = "dpo_ray.job_env.load"
         with tempfile.TemporaryDirectory(prefix="dpo-ray-") as folder, self._asked():
             stage(job.files, kept, Path(folder))
-            try:
-                self._client.submit_job(
-                    entrypoint=shlex.join(("dpo-ray", *words)),
-                    submission_id=attempt_id,
-                    runtime_env={"working_dir": folder, **environment},
-                    metadata={"dpo-ray": __version__, "dpo-ray-job": job.id, "command": job.command},
-                    entrypoint_num_cpus=cpus,
-                    entrypoint_num_gpus=gpus,
-                )
-            except RuntimeError as error:
-                if "already exists" not in str(error):
-                    raise
-                say(f"{attempt_id} was submitted by someone else meanwhile")  # equal content: it is our job
-                return attempt_id
+            is_new = self._send(
+                entrypoint=shlex.join(("dpo-ray", *words)),
+                submission_id=attempt_id,
+                runtime_env={"working_dir": folder, **environment},
+                metadata={"dpo-ray": __version__, "dpo-ray-job": job.id, "command": job.command},
+                entrypoint_num_cpus=cpus,
+                entrypoint_num_gpus=gpus,
+            )
+        if not is_new:
+            say(f"{attempt_id} was submitted by someone else meanwhile")  # of equal content: it is this job
+            return attempt_id
         size = sum(len(file) if isinstance(file, bytes) else file.stat().st_size for file in job.files.values())
         say(f"submitted {attempt_id} to {self.url} ({len(job.files)} files, {size / 1024:.0f} KiB)")
         return attempt_id
+
+    def _send(self, **request: Any) -> bool:
+        """Hand a job to Ray; whether there was none of its id. A head that has just started has no agent yet."""
+        until = time.monotonic() + AGENT_S
+        while True:
+            try:
+                self._client.submit_job(**request)
+                return True
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    return False
+                if "try again later" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(1)
 
     def stop(self, job_id: str, say: Say) -> Attempt:
         """Ask a job to save and end, and wait until it has."""
