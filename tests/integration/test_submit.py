@@ -285,4 +285,4 @@ def test_a_wrong_token_is_refused_in_one_line(environment: Environment, folder: 
 
 def test_the_address_for_jobs_is_none_to_join(environment: Environment, folder: Path):
     done = dpo_ray(environment, folder, "train", "small.yaml", "name=direct", code=2)
-    assert "that is the address for jobs (dpo-ray submit)" in done.stderr.splitlines()[-1]
+    assert "is the address of a dashboard, as `dpo-ray submit` takes it" in done.stderr.splitlines()[-1]
