@@ -41,13 +41,21 @@ load() { # the settings of the cluster that is there
   . "$FOLDER/settings"
 }
 
-# `--temp-dir` is also the mark by which our own processes are known.
+free_ports() { # HOW MANY
+  python -c "
+import socket
+free = [socket.create_server(('', 0)) for _ in range($1)]
+print(*(server.getsockname()[1] for server in free))"
+}
+
+# `--temp-dir` is also the mark by which our own processes are known. The agent listens on 127.0.0.1 besides its node's
+# address, where the agent of any other Ray may have the usual port; without its agent a head takes no jobs.
 start_node() { # N, then options of `ray start`
   local n=$1
   shift
   RAY_TMPDIR=$FOLDER/ray RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$FOLDER/token RAY_USAGE_STATS_ENABLED=0 \
     setsid ray start --block "$@" --temp-dir "$FOLDER/ray" --node-ip-address "$NET.$((n + 1))" \
-    --num-cpus "$CPUS" --object-store-memory 100000000 >"$FOLDER/node-$n.log" 2>&1 </dev/null &
+    --num-cpus "$CPUS" --object-store-memory 100000000 --dashboard-agent-listen-port "$(free_ports 1)" >"$FOLDER/node-$n.log" 2>&1 </dev/null &
   echo $! >"$FOLDER/node-$n.pid"
 }
 
@@ -103,16 +111,14 @@ start() { # NODES
   [ -O "$FOLDER" ] || fail "$FOLDER is not yours; give another FOLDER"
   chmod 700 "$FOLDER"
   NET=${NET:-127.0.0} CPUS=${CPUS:-1} DASHBOARD_PORT=${DASHBOARD_PORT:-8265}
-  ports=$(python - "$NET.2" "$DASHBOARD_PORT" <<'PYTHON'
+  python - "$NET.2" "$DASHBOARD_PORT" <<'PYTHON' || exit 2
 import socket, sys
 try:
     socket.create_server((sys.argv[1], int(sys.argv[2]))).close()
 except OSError as error:
     sys.exit(f"error: {sys.argv[1]}:{sys.argv[2]}: {error.strerror}; give another NET or DASHBOARD_PORT")
-free = [socket.create_server(("", 0)) for _ in range(2)]
-print(*(server.getsockname()[1] for server in free))
 PYTHON
-  ) || exit 2
+  ports=$(free_ports 2)
   GCS_PORT=${ports% *}
   od -An -tx1 -N32 /dev/urandom | tr -d ' \n' >"$FOLDER/token"
   printf '%s=%s\n' NET "$NET" CPUS "$CPUS" DASHBOARD_PORT "$DASHBOARD_PORT" GCS_PORT "$GCS_PORT" >"$FOLDER/settings"

@@ -40,7 +40,7 @@ def acquire(
     resume: bool = False,
     display: Display | None = None,
     interrupt: Interrupt | None = None,
-    connect: Callable[[], None] = lambda: None,
+    connect: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Run an acquisition, or take it up again; what `acquire.json` says at the end.
 

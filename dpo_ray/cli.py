@@ -446,7 +446,7 @@ def doctor(
     run = None if recipe is None else load_run(recipe)
     with result_stream(as_json) as emit:
         if address is not None:
-            dashboard = join(address)
+            dashboard = connect(address)
         facts = look_here(run, storage)
         if address is not None:
             from dpo_ray.cluster_facts import ask_cluster
@@ -501,13 +501,8 @@ def options(
         say(notice)
 
 
-def connect(address: str | None) -> None:
-    """Join a Ray cluster, or start one here."""
-    join(address)
-
-
-def join(address: str | None) -> str | None:
-    """As `connect`, and nothing else in dpo-ray does it; the address of the cluster's dashboard."""
+def connect(address: str | None) -> str | None:
+    """Join a Ray cluster, or start one here; nothing else in dpo-ray does. The address of its dashboard."""
     from dpo_ray.reach import check_address
 
     check_address(address or os.environ.get("RAY_ADDRESS"))

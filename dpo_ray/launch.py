@@ -91,7 +91,7 @@ def fit(
     resume: bool = False,
     display: Display | None = None,
     interrupt: Interrupt | None = None,
-    connect: Callable[[], None] = lambda: None,
+    connect: Callable[[], object] = lambda: None,
     tags: Mapping[str, str] | None = None,
 ) -> RunResult:
     """Train as the recipe says, on the Ray cluster that this process is connected to.
@@ -125,7 +125,7 @@ def _fit(
     held: Lease,
     display: Display,
     interrupt: Interrupt,
-    connect: Callable[[], None],
+    connect: Callable[[], object],
     tags: Mapping[str, str],
 ) -> RunResult:
     before = _claim(run, folder)

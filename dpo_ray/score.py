@@ -39,7 +39,7 @@ def score_pool(
     model: str | None = None,
     entropy: bool = False,
     display: Display | None = None,
-    connect: Callable[[], None] = lambda: None,
+    connect: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Score the pool of a recipe and write `scores.parquet` and `scores.json` into its run folder.
 

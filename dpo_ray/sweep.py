@@ -103,7 +103,7 @@ def sweep(
     resume: bool = False,
     display: StudyDisplay | None = None,
     interrupt: Interrupt | None = None,
-    connect: Callable[[], None] = lambda: None,
+    connect: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Run a study, or take it up again; what `study.json` says at the end.
 

@@ -92,7 +92,7 @@ def configure(wanted: Wanted, keys: Sequence[ApiKey]) -> ServeConfig:
 
 
 def deploy(
-    wanted: Wanted, *, tell: Callable[[str], object], connect: Callable[[], None], is_detached: bool = False
+    wanted: Wanted, *, tell: Callable[[str], object], connect: Callable[[], object], is_detached: bool = False
 ) -> None:
     """Serve until interrupted, or leave it on the cluster; again on the same cluster it is a rolling update.
 

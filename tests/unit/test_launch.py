@@ -29,7 +29,8 @@ class Growing:
 
 def run(**cluster: Any) -> Any:
     tree = {"name": "r", "model": {"path": "m"}, "data": {"sources": [{"path": "p"}]}}
-    return parse_run(tree | {"cluster": {"num_workers": 3, "cpus_per_worker": 4, "gpus_per_worker": 1, **cluster}})
+    asked = {"num_workers": 3, "cpus_per_worker": 4, "gpus_per_worker": 1, "wait_minutes": 0.001}
+    return parse_run(tree | {"cluster": asked | cluster})
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_nodes_that_do_not_come_are_waited_for_and_then_named(growing: Growing, 
     monkeypatch.setenv(launch.GROWS, "1")
     growing.nodes = 2
     with pytest.raises(InputError, match="needs 12 CPUs; the cluster has 8"):
-        launch.check_cluster(run(wait_minutes=0.001))
+        launch.check_cluster(run())
     assert launch.check_cluster(run(min_workers=2)) == 1, "fewer are enough"
 
 

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -23,6 +25,11 @@ from dpo_ray.submit import COMMANDS, PLACES, Job, Sight, Typed, build, local
 
 HERE = Sight(is_this_machine=True)
 AWAY = Sight(is_this_machine=False)
+
+
+@pytest.fixture(autouse=True)
+def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `Cluster` sets it
 
 
 @pytest.fixture
@@ -445,13 +452,17 @@ def test_no_line_is_lost_and_none_comes_twice(monkeypatch: pytest.MonkeyPatch):
         [ConnectionResetError()],
         ["line 0\n", "line 1\nline 2\nli", "ne 3\n"],  # closed without a word, the job still runs
         ["line 0\nline 1\nline 2\nline 3\nline 4\n", TimeoutError()],
+        [
+            "line 0\n",
+            RuntimeError("WebSocket connection closed unexpectedly"),
+        ],  # and the job has ended: the rest at once
     ]
     written: list[str] = []
     said: list[str] = []
     end = cluster_of(Told(log, streams, running=4)).follow("j", written.append, said.append)
     assert "".join(written) == log
     assert end.status == "SUCCEEDED"
-    assert said == ["lost the log (RuntimeError); trying again"]
+    assert said == 2 * ["lost the log (RuntimeError); trying again"]  # once for each time without any answer
 
 
 def test_a_cluster_that_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch):
@@ -498,12 +509,44 @@ def test_an_address_that_is_none_is_told_in_one_line(address: str, text: str):
 
 
 def test_without_an_address_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     with pytest.raises(InputError, match="there is none"):
         Cluster(None)
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9/")
     with pytest.raises(InputError, match=r"answers at http://127\.0\.0\.1:9$"):
         Cluster(None)
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "text"),
+    [
+        (200, {"ray_version": "2.60.0"}, None),
+        (200, {"ray_version": "2.40.0"}, "runs Ray 2.40.0; dpo-ray needs 2.59 or newer"),
+        (404, {}, "is no dashboard of Ray"),
+        (200, "hello", "is no dashboard of Ray"),
+    ],
+)
+def test_what_answers_must_be_a_dashboard_and_the_option_wins(
+    monkeypatch: pytest.MonkeyPatch, status: int, answer: Any, text: str | None
+):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(answer.encode() if isinstance(answer, str) else json.dumps(answer).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        if text is None:
+            assert Cluster(address).ray_version == "2.60.0"
+        else:
+            with pytest.raises(InputError, match=re.escape(f"{address} {text}")):
+                Cluster(address)
+        server.shutdown()
 
 
 def test_a_tunnel_is_not_this_machine():
