@@ -25,7 +25,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 # A node is one session of processes, led by `ray start --block`; its file holds the leader's id. An id alone may be
 # somebody else's by now: it counts only while it leads a session and names our folder on its command line.
 leads() { # ID
-  [ "$(ps -o sid= -p "$1" | tr -d ' ')" = "$1" ] && tr '\0' '\n' <"/proc/$1/cmdline" | grep -qxF "$FOLDER/ray"
+  [ "$(ps -o sid= -p "$1" | tr -d ' ')" = "$1" ] && tr '\0' '\n' <"/proc/$1/cmdline" | grep -qF "$FOLDER/ray/"
 }
 
 leader() { # N
@@ -48,13 +48,14 @@ free = [socket.create_server(('', 0)) for _ in range($1)]
 print(*(server.getsockname()[1] for server in free))"
 }
 
-# `--temp-dir` is also the mark by which our own processes are known. The agent listens on 127.0.0.1 besides its node's
+# Each node has a folder of its own, as on machines of their own: in one, a node that unpacks a job's code takes it from under
+# a node that runs it. `--temp-dir` is also the mark by which our own processes are known. The agent listens on 127.0.0.1 besides its node's
 # address, where the agent of any other Ray may have the usual port; without its agent a head takes no jobs.
 start_node() { # N, then options of `ray start`
   local n=$1
   shift
-  RAY_TMPDIR=$FOLDER/ray RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$FOLDER/token RAY_USAGE_STATS_ENABLED=0 \
-    setsid ray start --block "$@" --temp-dir "$FOLDER/ray" --node-ip-address "$NET.$((n + 1))" \
+  RAY_TMPDIR=$FOLDER/ray/$n RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$FOLDER/token RAY_USAGE_STATS_ENABLED=0 \
+    setsid ray start --block "$@" --temp-dir "$FOLDER/ray/$n" --node-ip-address "$NET.$((n + 1))" \
     --num-cpus "$CPUS" --object-store-memory 100000000 --dashboard-agent-listen-port "$(free_ports 1)" >"$FOLDER/node-$n.log" 2>&1 </dev/null &
   echo $! >"$FOLDER/node-$n.pid"
 }

@@ -425,13 +425,13 @@ def test_nobody_votes_before_both_answers_are_there(comparing: str, tab: Open, b
 
 def test_a_vote_whose_answer_is_lost_counts_once(comparing: str, tab: Open, tmp_path: Path):
     page = tab(f"{comparing}/compare", expected="ERR_FAILED")
-    compared(page, "Hello")
 
     def lose(route: Any) -> None:
         route.fetch()
         route.abort()
 
-    page.route("**/compare/vote", lose)
+    page.route("**/compare/vote", lose)  # early: the browser takes a moment to ask
+    compared(page, "Hello")
     page.keyboard.press("2")
     wait_until(page, "document.querySelector('#error').textContent.includes('cannot be reached')")
     page.unroute("**/compare/vote")
@@ -539,14 +539,14 @@ def test_keys_that_are_pressed_twice_or_held_label_once(labelling: str, tab: Ope
 
 def test_a_label_whose_answer_is_lost_counts_once(labelling: str, tab: Open, tmp_path: Path):
     page = tab(f"{labelling}/label", expected="ERR_FAILED")
-    begin(page, "ann")
-    prompt = page.text_content("#prompt")
 
     def lose(route: Any) -> None:
         route.fetch()
         route.abort()
 
-    page.route("**/label/answer", lose)
+    page.route("**/label/answer", lose)  # early: the browser takes a moment to ask
+    begin(page, "ann")
+    prompt = page.text_content("#prompt")
     page.keyboard.press("2")
     wait_until(page, "document.querySelector('#error').textContent.includes('cannot be reached')")
     ready(page)
