@@ -224,17 +224,18 @@ def test_a_service_as_a_job_answers_and_is_drained_when_it_is_stopped(
 
 
 def test_a_job_that_was_stopped_has_saved_and_goes_on(environment: Environment, folder: Path):
-    words = ("--", "train", "small.yaml", "name=long", f"train.max_steps={STEPS}", "checkpoint.every_steps=1")
+    longer = 20 * STEPS  # than it takes to start the command that stops it
+    words = ("--", "train", "small.yaml", "name=long", f"train.max_steps={longer}", f"eval.every_steps={longer}")
     job = started(environment, folder, *words)
     wait_for("step 3:", environment, folder, job)
     dpo_ray(environment, folder, "jobs", "stop", job)
     summary = json.loads((folder / "runs/long/summary.json").read_text())
     assert summary["status"] == "interrupted"
-    assert 3 <= summary["steps"] < STEPS
+    assert 3 <= summary["steps"] < longer
     told = json.loads(dpo_ray(environment, folder, "submit", "--json", *words).stdout)
     assert told["id"] == f"{job}-2"
     result = told["result"]
-    assert (result["status"], result["steps"], result["resumed_from_step"]) == ("completed", STEPS, summary["steps"])
+    assert (result["status"], result["steps"], result["resumed_from_step"]) == ("completed", longer, summary["steps"])
 
 
 def test_ctrl_c_leaves_the_job_alone_and_a_lost_node_does_not_end_it(
