@@ -241,9 +241,10 @@ def test_a_job_that_was_stopped_has_saved_and_goes_on(environment: Environment, 
 def test_ctrl_c_leaves_the_job_alone_and_a_lost_node_does_not_end_it(
     environment: Environment, folder: Path, local_cluster: LocalCluster
 ):
-    words = ("train", "small.yaml", "name=lost", f"train.max_steps={STEPS}", "checkpoint.every_steps=1")
+    longer = 10 * STEPS  # than it takes to kill a node
+    words = ("train", "small.yaml", "name=lost", f"train.max_steps={longer}", f"eval.every_steps={longer}")
     process = subprocess.Popen(
-        [*COMMAND, "submit", "--", *words, "cluster.num_workers=2"],
+        [*COMMAND, "submit", "--", *words, f"checkpoint.every_steps={STEPS}", "cluster.num_workers=2"],
         cwd=folder,
         env=environment,
         stderr=subprocess.PIPE,
@@ -263,10 +264,10 @@ def test_ctrl_c_leaves_the_job_alone_and_a_lost_node_does_not_end_it(
     assert node is not None
     local_cluster("kill-node", str(node))
     done = dpo_ray(environment, folder, "jobs", "logs", "--follow", job)
-    assert f"step {STEPS}: loss" in done.stderr
+    assert f"step {longer}: loss" in done.stderr
     assert "worker" in done.stderr.partition("died")[0].splitlines()[-1] or "lost the connection" in done.stderr
     summary = json.loads((folder / "runs/lost/summary.json").read_text())
-    assert (summary["status"], summary["steps"]) == ("completed", STEPS)
+    assert (summary["status"], summary["steps"]) == ("completed", longer)
     assert summary["restarts"] >= 1
 
 
