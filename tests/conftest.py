@@ -17,8 +17,11 @@ os.environ.pop("RAY_ADDRESS", None)  # nor joins anyone's cluster
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("dpo-ray", deadline=None)  # a timing is no test
+settings.load_profile("dpo-ray")
 
 REPOSITORY = Path(__file__).parent.parent
 

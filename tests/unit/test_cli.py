@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -281,8 +282,9 @@ def test_the_table_of_a_study_has_the_best_and_the_time_left():
 
 
 def test_ray_does_not_take_the_signal_that_saves(monkeypatch: pytest.MonkeyPatch):
-    def init(**options: Any) -> None:  # as Ray's own
+    def init(**options: Any) -> Any:  # as Ray's own
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        return SimpleNamespace(dashboard_url=None)
 
     monkeypatch.setattr("ray.init", init)
     interrupt = Interrupt()
