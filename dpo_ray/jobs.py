@@ -272,9 +272,11 @@ class Cluster:
             stream, place = self._client.tail_job_logs(job_id).__aiter__(), 0
             while True:
                 try:
-                    place = take(await asyncio.wait_for(anext(stream), SILENCE_S), place)
+                    async with asyncio.timeout(SILENCE_S):  # `wait_for` may swallow Ctrl-C (Python 3.11)
+                        text = await anext(stream)
                 except StopAsyncIteration:
                     return
+                place = take(text, place)
 
         while True:
             try:

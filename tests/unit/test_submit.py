@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -489,6 +490,17 @@ def test_a_new_head_that_knows_nothing_ends_the_waiting():
 
     with pytest.raises(RunFailed, match="no longer knows j"):
         cluster_of(New("", [], 1)).follow("j", lambda text: None, lambda text: None)
+
+
+def test_ctrl_c_ends_the_following_also_when_more_of_the_log_is_there_already():
+    """`asyncio.wait_for` of Python 3.11 forgets a cancellation that comes when its answer is there."""
+
+    def write(text: str) -> None:
+        if text == "a":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        cluster_of(Told("abc", [["a", "b", "c"]], running=1)).follow("j", write, lambda text: None)
 
 
 # The cluster's answers
