@@ -24,7 +24,7 @@ from rich.text import Text
 
 from dpo_ray import __version__, job_env
 from dpo_ray.cli_jobs import jobs, submit
-from dpo_ray.config import RunConfig, load_run, parse_override, parse_run, recipe_schema
+from dpo_ray.config import RunConfig, load_run, parse_override, recipe_schema, split_recipe
 from dpo_ray.errors import InputError
 from dpo_ray.terminal import AsJson, console, explained, result_stream, say
 
@@ -255,54 +255,60 @@ def label(
 @explained
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
-    overrides: Overrides = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe with the data; a run folder brings its own.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A run folder brings its own recipe.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The same as RECIPE.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Whose answers are compared with; default: the reference. Repeatable.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Pairs to evaluate on, all of them, instead of a recipe's.")] = None,
     reference: Annotated[str | None, typer.Option(help="Reference model; default: the recipe's.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder of the results; default: `evaluation` in the run folder.")
+    ] = None,
+    annotations: Annotated[
+        str | None, typer.Option(help="Only add the win rates of an outside judge: AlpacaEval's or MT-Bench's file.")
+    ] = None,
+    called: Annotated[str | None, typer.Option("--as", help="Name of the model in --annotations.")] = None,
     as_json: AsJson = False,
     address: Address = None,
 ) -> None:
-    """Held-out metrics of a model against its reference."""
-    from dpo_ray.evaluate.held_out import evaluate_model
-    from dpo_ray.launch import check_cluster
-    from dpo_ray.prepare import is_run, model_of, prepare, recipe_of, reference_source, resolve
+    """Is the model better: held-out metrics, win rate by a judge, what it forgot, KL, drift, and a report of it."""
+    from dpo_ray import evaluation
+    from dpo_ray.prepare import resolve
 
-    laid_over = dict(map(parse_override, overrides or []))
-    if reference is not None:
-        laid_over["reference.path"] = reference
-    if data is not None:
-        tree = {
-            "name": "evaluate",
-            "model": {"path": model},
-            "data": {"sources": [{"path": data}], "eval": {"num_pairs": 0}},
-        }
-        run = parse_run(tree, laid_over)
-        if reference is None and reference_source(run) is not None:
-            raise InputError("--data needs --reference: the model that rewards are measured against")
-    elif recipe is not None:
-        run = load_run(recipe, laid_over)
-    elif is_run(model):
-        run = recipe_of(model, laid_over)
-    else:
-        raise InputError(f"{model} is not a run folder: give --recipe, or --data and --reference")
-    source = model_of(model, run.model.trust_remote_code)
-    run = resolve(run)
+    if annotations is not None:
+        with result_stream(as_json) as emit:
+            emit(
+                evaluation.import_annotations(evaluation.folder_of(model, output), annotations, called), show_evaluation
+            )
+        return
+    named, settings = split_recipe(overrides or [])
+    run = resolve(evaluation.recipe_for(model, named or recipe, dict(map(parse_override, settings)), data, reference))
     with result_stream(as_json) as emit, Live() as display:
-        prepared = prepare(run)
-        connect(address)
-        display.phase(f"scoring {source.path}")
-        pairs = prepared.train_pairs if data is not None else prepared.held_out_pairs
-        if not pairs:
-            raise InputError("the recipe holds no pairs out (data.eval)")
-        result = evaluate_model(
+        tree = evaluation.evaluate(
             run,
-            source,
-            reference_source(run),
-            pairs,
-            gpus_per_actor=check_cluster(run),
-            on_progress=lambda done, total: display.progress("scoring", done, total),
+            model,
+            against or (),
+            all_pairs=data is not None,
+            output=output,
+            display=display,
+            connect=lambda: connect(address),
         )
-        emit(result, lambda values: show_metrics("Held-out metrics", values))
+        emit(tree, show_evaluation)
+
+
+@app.command()
+@explained
+def judge(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure the judge of a recipe (`evaluate.judge`) against the labels of its pairs."""
+    from dpo_ray.evaluation import check_judge
+    from dpo_ray.prepare import resolve
+
+    run = resolve(load_run(recipe, dict(map(parse_override, overrides or []))))
+    with result_stream(as_json) as emit, Live() as display:
+        emit(check_judge(run, display), lambda found: show_metrics("Judge against the labels", flat_shares(found)))
 
 
 @app.command()
@@ -736,6 +742,49 @@ def show_metrics(title: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)
+
+
+def show_evaluation(tree: Mapping[str, Any]) -> None:
+    """The numbers that matter most, each with its interval, and where the rest is."""
+    told: dict[str, Any] = {}
+    if held_out := tree.get("held_out"):
+        metrics = held_out["metrics"]
+        told |= {name: metrics[name] for name in ("loss", "rewards/margins", "kl") if name in metrics}
+        if "rewards/accuracies" in metrics:
+            told["rewards/accuracies"] = {
+                "value": metrics["rewards/accuracies"],
+                "low": metrics["rewards/accuracies_low"],
+                "high": metrics["rewards/accuracies_high"],
+            }
+        told |= {name: held_out[name] for name in ("length_controlled_accuracy",) if name in held_out}
+    for rate in tree.get("win_rate", []):
+        told[f"win rate against {rate['against']}"] = rate
+        if rate["length_controlled"]:
+            told["  length-controlled"] = rate["length_controlled"]
+    for row in tree.get("ranking", []):
+        told[f"rating of {row['model']} (nats)"] = {**row, "value": row["rating"]}
+    if "kl" in tree:
+        told["KL to the reference (nats per response)"] = tree["kl"]
+    for text in tree.get("retention", {}).get("perplexity", []):
+        told[f"perplexity on {text['source'].rpartition('/')[2]}"] = f"{text['before']:.3f} -> {text['after']:.3f}"
+        told["  change (nats per token)"] = {**text, "value": text["change"]}
+    for task in tree.get("retention", {}).get("tasks", []):
+        told[f"{task['task']} ({task['metric']})"] = f"{task['before']:.3f} -> {task['after']:.3f}"
+        told["  change of it"] = {**task, "value": task["change"]}
+    for change in tree.get("drift", []):
+        told[f"{change['name']} ({change['unit']})"] = f"{change['before']:.4g} -> {change['after']:.4g}"
+    show_metrics("Evaluation", flat_shares(told))
+    console.print(f"{tree['folder']}/evaluation.html", highlight=False, soft_wrap=True)
+
+
+def flat_shares(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Each value with an interval in one cell."""
+    return {
+        name: f"{value['value']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
+        if isinstance(value, Mapping) and "low" in value
+        else value
+        for name, value in values.items()
+    }
 
 
 def show_findings(found: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ a sweep cannot reach a run that a person could not. The docstring under a field 
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -821,6 +821,75 @@ class AcquireConfig(Config):
     """Who labels."""
 
 
+AnyJudge = Annotated[
+    FunctionOracleConfig | RewardModelOracleConfig | LlmOracleConfig,
+    Field(discriminator="kind"),
+]
+
+
+class WriteConfig(Config):
+    max_tokens: int = Field(default=256, ge=1)
+    """Most tokens of a response."""
+
+    temperature: float = Field(default=0.7, gt=0)
+    """Of the responses that are judged. Those that the KL is estimated from are always drawn at 1."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Tokens are drawn from the smallest set of this probability."""
+
+    num_responses: int = Field(default=1, ge=1)
+    """Responses of each model to each prompt; the k-th are compared with each other."""
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """`auto`: vLLM where it is installed and there is a GPU, else transformers' continuous batching."""
+
+
+class RetentionConfig(Config):
+    sources: tuple[SourceConfig, ...] = ()
+    """General text whose perplexity is measured before and after: rows with a `text`, or `columns: {text: other}`."""
+
+    num_texts: int = Field(default=200, ge=1)
+    """Texts of each source, by content."""
+
+    max_tokens: int = Field(default=512, ge=2)
+    """Of each text, from its beginning; no more than the model has positions."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, such as `[hellaswag, arc_easy]`; needs `pip install dpo-ray[eval]`."""
+
+    task_folder: Annotated[str | None, Place.FOLDER] = None
+    """Folder of task files of your own."""
+
+    task_limit: int | None = Field(default=None, ge=1)
+    """Most examples of a task."""
+
+
+class EvaluateConfig(Config):
+    prompts: tuple[SourceConfig, ...] = ()
+    """What both models answer; empty: the prompts of the held-out pairs."""
+
+    num_prompts: int = Field(default=200, ge=0)
+    """At most this many prompts, by content. 0: nothing is written, so no win rate, no KL and no drift."""
+
+    write: WriteConfig = WriteConfig()
+    """How the models answer."""
+
+    judge: AnyJudge | None = None
+    """Who says which answer is better, as `acquire.oracle`: `function`, `reward_model` or `llm`. Null: no win rate."""
+
+    mt_bench: Annotated[str | None, Place.DATA] = None
+    """Questions in the form of MT-Bench (`question_id`, `turns`), whose answers are written as its tools read them."""
+
+    retention: RetentionConfig = RetentionConfig()
+    """What the model must not forget."""
+
+    num_examples: int = Field(default=10, ge=0)
+    """Prompts that the report shows with both answers."""
+
+    seed: int = 0
+    """Of the answers, and of bootstrap draws."""
+
+
 class RunConfig(Config):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")
     """The run folder's name: letters, digits and `._=-`."""
@@ -839,6 +908,9 @@ class RunConfig(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What an aligned model is worth; read by `dpo-ray evaluate` and `dpo-ray judge` only."""
+
     acquire: AcquireConfig | None = None
     """Active learning; read by `dpo-ray acquire` and `dpo-ray score` only."""
 
@@ -939,6 +1011,13 @@ def parse_override(text: str) -> tuple[str, Any]:
         except ValueError:
             return key, parsed
     return key, parsed
+
+
+def split_recipe(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The recipe, if one is named before the overrides, and the overrides: a word without `=` is a recipe."""
+    if words and "=" not in words[0]:
+        return Path(words[0]), list(words[1:])
+    return None, list(words)
 
 
 def recipe_schema() -> dict[str, Any]:

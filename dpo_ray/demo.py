@@ -24,6 +24,7 @@ from rich.table import Table
 from dpo_ray.config import RunConfig, load_run
 from dpo_ray.errors import InputError
 from dpo_ray.metrics import wilson_interval
+from dpo_ray.report import write_report
 from dpo_ray.storage import Folder, read_lines
 
 if TYPE_CHECKING:
@@ -249,9 +250,6 @@ class Sample(NamedTuple):
 
     prompt: str
     text: str
-    prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]
-    """The text's tokens and its end token, if it came to one."""
 
     @property
     def reward(self) -> float:
@@ -282,10 +280,8 @@ def generate(model_path: str, prompts: Sequence[str], *, seed: int, num_per_prom
             )
             written = output[:, inputs["input_ids"].shape[1] :].tolist()
             for i, ids in enumerate(written):
-                prompt = part[i // num_per_prompt]
-                text_ids = ids[: ids.index(end)] if end in ids else ids
-                prompt_ids, whole = tokenizer(prompt)["input_ids"], ids[: len(text_ids) + 1]
-                samples.append(Sample(prompt, tokenizer.decode(text_ids), tuple(prompt_ids), tuple(whole)))
+                text = tokenizer.decode(ids[: ids.index(end)] if end in ids else ids)
+                samples.append(Sample(part[i // num_per_prompt], text))
     return samples
 
 
@@ -313,32 +309,14 @@ def _load(model_path: str) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(model_path)
 
 
-def _token_logps(model_path: str, samples: Sequence[Sample]) -> list[float]:
-    """log p of every token of every sample, one after the other, in nats."""
-    import torch
-
-    model, _ = _load(model_path)
-    logps = []
-    with torch.no_grad(), _one_thread():
-        for start in range(0, len(samples), BATCH):
-            part = samples[start : start + BATCH]
-            rows = [torch.tensor(sample.prompt_ids + sample.ids) for sample in part]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            predicted = model(input_ids=padded, use_cache=False).logits.log_softmax(-1)
-            for sample, ids, row in zip(part, rows, predicted, strict=True):
-                places = torch.arange(len(sample.prompt_ids), len(ids))
-                logps += row[places - 1, ids[places]].tolist()
-    return logps
-
-
 @dataclass(frozen=True)
 class Outcome:
     """Two models on the same prompts, one text each."""
 
     base: tuple[Sample, ...]
     aligned: tuple[Sample, ...]
-    log_ratios: tuple[float, ...]
-    """log p_aligned - log p_base of every token that the aligned model wrote, in nats."""
+    kl: float
+    """KL(aligned || base) per token, in nats."""
 
     @cached_property
     def rewards(self) -> tuple[list[float], list[float]]:
@@ -348,11 +326,6 @@ class Outcome:
     def win_rate(self) -> float:
         """Share of prompts where the aligned model's text is worth more; a tie counts half."""
         return statistics.fmean((a > b) + 0.5 * (a == b) for b, a in zip(*self.rewards, strict=True))
-
-    @property
-    def kl(self) -> float:
-        """KL(aligned || base) per token: the mean log-ratio over the aligned model's own samples."""
-        return statistics.fmean(self.log_ratios)
 
     def summary(self) -> dict[str, float]:
         """The numbers for people and `--json`; the interval is Wilson's, 95 %."""
@@ -371,11 +344,13 @@ class Outcome:
         }
 
 
-def compare(base: str, aligned: str, prompts: Sequence[str], *, seed: int = 0) -> Outcome:
-    """Let two models (folders) write one text for each prompt."""
-    theirs, ours = generate(base, prompts, seed=2 * seed), generate(aligned, prompts, seed=2 * seed + 1)
-    before, after = _token_logps(base, ours), _token_logps(aligned, ours)
-    return Outcome(tuple(theirs), tuple(ours), tuple(a - b for a, b in zip(after, before, strict=True)))
+def outcome_of(evaluation: Mapping[str, Any]) -> Outcome:
+    """What both models wrote to the test prompts, from the files of `dpo-ray evaluate`."""
+    rows = list(read_lines(Folder(evaluation["folder"]).read("generations.jsonl")))
+    base = evaluation["against"][0]["name"]
+    texts = [Sample(row["prompt"], row["responses"][0]) for row in rows if row["model"] == base]
+    aligned = [Sample(row["prompt"], row["responses"][0]) for row in rows if row["model"] != base]
+    return Outcome(tuple(texts), tuple(aligned), evaluation["kl"]["per_token"])
 
 
 def plot(outcome: Outcome, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -426,7 +401,7 @@ def run_demo(
     pooled = Outcome(
         tuple(sample for outcome in outcomes for sample in outcome.base),
         tuple(sample for outcome in outcomes for sample in outcome.aligned),
-        tuple(ratio for outcome in outcomes for ratio in outcome.log_ratios),
+        statistics.fmean(outcome.kl for outcome in outcomes),
     ).summary()
     _show(console, folder / f"seed-{seeds[-1]}", outcomes[-1], results, pooled)
     return {"folder": str(folder), **pooled, "seeds": results}
@@ -457,7 +432,11 @@ def demo_recipe(folder: Path, recipe: str, model: str, data: str, seed: int, **o
         "model.path": model,
         "data.sources.0.path": str(folder / data),
         "train.seed": seed,
+        "evaluate.seed": seed,
     }
+    if recipe == "demo-dpo":
+        paths["evaluate.prompts.0.path"] = str(folder / "prompts.jsonl")
+        paths["evaluate.retention.sources.0.path"] = str(folder / "sft.jsonl")
     return load_run(RECIPES / f"{recipe}.yaml", paths | {k.replace("__", "."): v for k, v in overrides.items()})
 
 
@@ -498,16 +477,26 @@ def _run_seed(
     console.print(f"\nDPO, seed {seed}", style="bold", highlight=False)
     dpo = _train(folder, "demo-dpo", base, "pairs.jsonl", seed, display, interrupt)
     done("dpo")
-    outcome = compare(base, f"{dpo.folder}/model", _prompts_of(folder / "prompts.jsonl"), seed=seed)
+    outcome = outcome_of(_evaluate(dpo.folder, display))
     lines = list(read_lines(Folder(dpo.folder).read("metrics.jsonl")))
     plot(outcome, lines, folder / "demo.png")
-    done("compare")
+    write_report(dpo.folder)
+    done("evaluate")
     return {
         "seed": seed,
         **outcome.summary(),
         "rewards/accuracies": dpo.summary["eval"]["rewards/accuracies"],
         "seconds": seconds,
     }, outcome
+
+
+def _evaluate(run_folder: str, display: "Display | None") -> dict[str, Any]:
+    """As `dpo-ray evaluate RUN`: the true reward is the judge."""
+    from dpo_ray.evaluation import evaluate, recipe_for
+    from dpo_ray.launch import Silent
+
+    run = recipe_for(run_folder, None, {}, None, None)
+    return evaluate(run, run_folder, all_pairs=False, output=None, display=display or Silent(), connect=lambda: None)
 
 
 def _show(
@@ -537,9 +526,8 @@ def _show(
     console.print(
         f"The aligned model wins {pooled['win_rate']:.1%} of {pooled['num_prompts']} prompts against the model before "
         f"DPO (95 %: {pooled['win_rate_low']:.1%} to {pooled['win_rate_high']:.1%}), at {pooled['kl']:.2f} nats of KL "
-        f"per token.\n\nPicture: {folder}/demo.png\nNext:\n"
-        f"  dpo-ray report {folder}/demo-dpo\n"
-        f"  dpo-ray evaluate {folder}/demo-dpo\n"
+        f"per token.\n\nReport: {folder}/demo-dpo/report.html\nPicture: {folder}/demo.png\nNext:\n"
+        f"  dpo-ray serve {folder}/demo-dpo --insecure\n"
         f"  dpo-ray train {folder}/demo-dpo/recipe.yaml name=mine model.path=MODEL data.sources.0.path=PAIRS.jsonl",
         style="bold" if pooled["win_rate_low"] > 0.5 else "yellow",
         markup=False,

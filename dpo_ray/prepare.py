@@ -52,7 +52,10 @@ def resolve(run: RunConfig) -> RunConfig:
     held_out = run.data.eval.model_copy(update={"sources": sources(run.data.eval.sources)})
     data = run.data.model_copy(update={"sources": sources(run.data.sources), "eval": held_out})
     model = run.model.model_copy(update={"path": existing(run.model.path)})
-    return run.model_copy(update={"storage": storage, "reference": reference, "data": data, "model": model})
+    retention = run.evaluate.retention.model_copy(update={"sources": sources(run.evaluate.retention.sources)})
+    evaluate = run.evaluate.model_copy(update={"prompts": sources(run.evaluate.prompts), "retention": retention})
+    parts = {"storage": storage, "reference": reference, "data": data, "model": model, "evaluate": evaluate}
+    return run.model_copy(update=parts)
 
 
 def is_run(path: str) -> bool:
@@ -139,6 +142,34 @@ def prepare(run: RunConfig) -> Prepared:
         "fingerprint": data_fingerprint(train, held_out),
     }
     return Prepared(train, held_out, report, train_pairs, held_out_pairs)
+
+
+class HeldOutPairs(NamedTuple):
+    """Pairs to evaluate on, as text and as ids in the same order."""
+
+    pairs: list[PreferencePair]
+    table: TokenTable
+    fingerprint: str
+    """Hash of the pairs as ids."""
+
+
+def held_out_of(run: RunConfig, all_pairs: bool = False) -> HeldOutPairs:
+    """The held-out pairs of a resolved recipe that can be encoded; or all its pairs, none held out.
+
+    Raises:
+        InputError: As `prepare`.
+    """
+    policy = policy_source(run.model)
+    encoder = PairEncoder(load_tokenizer(policy), run.data, end_token_ids(policy))
+    pool = load_pool(run.data, is_usable=lambda pair: bool(encoder.encode([pair]).pairs))
+    pairs = [pair for pair in (pool.train if all_pairs else pool.held_out) if encoder.encode([pair]).pairs]
+    pairs = pairs[: run.data.num_pairs] if all_pairs else pairs
+    check_columns(run, pairs)
+    files, _ = encode_to_files(pairs, encoder, Folder(run.storage.path) / ".tokens")
+    table = files.open()
+    check_budget(run.batch, table)
+    content = repr((files.parts, files.num_pairs)).encode()
+    return HeldOutPairs(pairs, table, hashlib.blake2b(content, digest_size=16).hexdigest())
 
 
 def check_columns(run: RunConfig, pairs: Sequence[PreferencePair]) -> None:
@@ -250,7 +281,7 @@ def step_order(run: RunConfig, num_pairs: int) -> StepOrder:
     )
 
 
-RESUMABLE = ("storage", "eval", "early_stopping", "checkpoint", "cluster", "tracking")
+RESUMABLE = ("storage", "eval", "evaluate", "early_stopping", "checkpoint", "cluster", "tracking")
 """Sections that a resumed run may change; the others decide its numbers."""
 
 RESUMABLE_KEYS = (

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from dpo_ray.config import Place, RunConfig, load_run, parse_override, parse_run, places, with_override
+from dpo_ray.config import Place, RunConfig, load_run, parse_override, parse_run, places, split_recipe, with_override
 from dpo_ray.data.sources import may_be_hub_name
 from dpo_ray.errors import InputError
 from dpo_ray.shipping import OWN, Files, check_size, code_files, module_files, tree
@@ -25,7 +25,11 @@ COMMANDS = ("train", "sweep", "acquire", "score", "evaluate", "serve")
 
 PLACES: Mapping[str, Mapping[str, Place]] = {
     "score": {"model": Place.MODEL},
-    "evaluate": {"model": Place.MODEL, "data": Place.DATA, "reference": Place.MODEL},
+    "evaluate": {
+        **dict.fromkeys(("model", "against", "reference"), Place.MODEL),
+        **dict.fromkeys(("data", "annotations"), Place.DATA),
+        "output": Place.FOLDER,
+    },
     "serve": {
         **dict.fromkeys(("model", "reference", "adapter", "also"), Place.MODEL),
         **dict.fromkeys(("preferences", "queue"), Place.FOLDER),
@@ -112,14 +116,16 @@ def build(
     files: dict[str, Path | bytes] = dict(tree(working_dir)) if working_dir is not None else {}
     hidden: list[str] = []
     run, stop_seconds = None, 30.0
+    if typed.command == "evaluate":
+        named, settings = split_recipe(values.pop("overrides", None) or [])
+        values |= ({"recipe": named} if named else {}) | ({"overrides": settings} if settings else {})
     if "recipe" in values:
         run = load_run(values["recipe"], dict(map(parse_override, values.pop("overrides", None) or ())))
         run = located(run, sight, hidden)
         values["recipe"] = f"{OWN}/{run.name}.yaml"
         files[values["recipe"]] = yaml.safe_dump(run.model_dump(mode="json", exclude_unset=True)).encode()
-        files |= module_files(
-            run.acquire.oracle.function if run.acquire and run.acquire.oracle.kind == "function" else ""
-        )
+        for asked in (run.acquire and run.acquire.oracle, run.evaluate.judge):
+            files |= module_files(asked.function if asked and asked.kind == "function" else "")
         stop_seconds += run.checkpoint.stop_seconds
     if "space" in values and run is not None:
         values["space"] = _space(values, run, sight, files, hidden)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from dpo_ray.config import RunConfig, SourceConfig
 from dpo_ray.data.columns import LISTS, SCORES, Value, first_of, list_of, number_of, prompt_of, response_of, tools_of
-from dpo_ray.data.formats import LABELS, TWO, RowError, judged, recognise
+from dpo_ray.data.formats import LABELS, TWO, RowError, judged, recognise, to_pairs
 from dpo_ray.data.mixture import load_pool
 from dpo_ray.data.sources import Row, read_rows
 from dpo_ray.data.turns import Judged
@@ -31,12 +31,24 @@ class OpenPrompt(NamedTuple):
     row: int
 
     def candidate(self, one: str, other: str) -> Candidate:
+        """Two responses to it, in the order of their content."""
+        ordered = self.ordered(one, other)
+        swaps = content_hash(ordered.first) > content_hash(ordered.second)
+        return self.ordered(other, one) if swaps else ordered
+
+    def ordered(self, first: str, second: str) -> Candidate:
         """Two responses to it, which are assistant turns where the prompt is a conversation."""
-        first, second = (
-            text if isinstance(self.prompt, str) else ({"role": "assistant", "content": text},) for text in (one, other)
+        one, other = (
+            text if isinstance(self.prompt, str) else ({"role": "assistant", "content": text},)
+            for text in (first, second)
         )
         rest = {name: getattr(self, name) for name in ("tools", "is_transcript", "source", "row")}
-        return Candidate.of(self.prompt, first, second, **rest)
+        return Candidate(self.prompt, one, other, **rest)
+
+    @classmethod
+    def of(cls, pair: PreferencePair) -> "OpenPrompt":
+        """The prompt of a pair."""
+        return cls(pair.prompt, pair.tools, pair.is_transcript, pair.source, pair.row)
 
     @property
     def prompt_id(self) -> str:
@@ -112,6 +124,23 @@ def _unlabelled(run: RunConfig, kind: Kind, is_usable: Callable[[PreferencePair]
     prompts = [item for item in pool.values() if isinstance(item, OpenPrompt)]
     report = {"rows": dropped.pop("rows", 0), "dropped": {reason: count for reason, count in dropped.items() if count}}
     return _pool(kind, candidates, prompts, held_out, report)
+
+
+def open_prompts(source: SourceConfig, on_bad_row: str) -> Iterator[OpenPrompt]:
+    """The prompts of a source, whatever else its rows hold: pairs, responses, or nothing more.
+
+    Raises:
+        InputError: A row has none, and `on_bad_row` is `stop`.
+    """
+    for row in read_rows(source):
+        try:
+            if row.value is not None and prompt_of(row.value) is None:
+                yield from map(OpenPrompt.of, to_pairs(row, source).pairs[:1])
+            else:
+                yield _offer(row, "prompts").open
+        except RowError as error:
+            if on_bad_row == "stop":
+                raise InputError(f"{row.source}:{row.number}: {error}") from None
 
 
 Item = Candidate | OpenPrompt

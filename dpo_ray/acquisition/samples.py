@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from dpo_ray.acquisition.pool import OpenPrompt
 from dpo_ray.config import RunConfig
 from dpo_ray.data.encode import PairEncoder
-from dpo_ray.generate import Generated, Responses, Sampling, generate
+from dpo_ray.generate import Engine, Generated, Responses, Sampling, generate
 from dpo_ray.models import ModelSource, weights_fingerprint
 from dpo_ray.pairs import Candidate, Ids, content_hash
 from dpo_ray.storage import Folder
@@ -39,11 +39,12 @@ def sampled(
     assert run.acquire is not None
     settings = run.acquire.generate
     distinct = {prompt.tobytes(): prompt for prompt in prompts}
-    found = _responses(
+    found = stored_responses(
         list(distinct.values()),
         policy,
         run,
         (Sampling(settings.max_tokens), settings.entropy_samples, seed),
+        settings.engine,
         gpus_per_actor,
         lambda done, total: on_progress("sampling", done, total),
     )
@@ -74,11 +75,12 @@ def written(
     settings = run.acquire.generate
     ids = [encoder.prompt_ids(prompt.candidate("a", "b").labelled(is_first=True)) for prompt in prompts]
     sampling = Sampling(settings.max_tokens, settings.temperature, settings.top_p)
-    found = _responses(
+    found = stored_responses(
         ids,
         policy,
         run,
         (sampling, settings.num_responses, seed),
+        settings.engine,
         gpus_per_actor,
         lambda done, total: on_progress("writing responses", done, total),
     )
@@ -132,20 +134,25 @@ class SampleStore:
         )
 
 
-def _responses(
+def stored_responses(
     prompts: Sequence[Ids],
     policy: ModelSource,
     run: RunConfig,
     how: tuple[Sampling, int, int],
+    engine: Engine,
     gpus_per_actor: float,
     on_progress: Callable[[int, int], None],
 ) -> list[Responses]:
-    """Responses to prompts, from the store and, where it lacks them, from the model."""
-    assert run.acquire is not None
+    """Responses to prompts, from the store and, where it lacks them, from the model.
+
+    Args:
+        run: A resolved recipe; store, precision and cluster are read.
+        how: The sampling, responses to each prompt, and the seed.
+    """
     store = SampleStore(run, policy, how)
     sampling, num_responses, seed = how
     there = store.read()
-    missing = [prompt for prompt in prompts if prompt.tobytes() not in there]
+    missing = list({prompt.tobytes(): prompt for prompt in prompts if prompt.tobytes() not in there}.values())
     new = generate(
         missing,
         policy,
@@ -156,7 +163,7 @@ def _responses(
         num_actors=run.cluster.num_workers,
         cpus_per_actor=run.cluster.cpus_per_worker,
         gpus_per_actor=gpus_per_actor,
-        engine=run.acquire.generate.engine,
+        engine=engine,
         on_progress=on_progress,
     )
     written_now = {prompt.tobytes(): value for prompt, value in zip(missing, new, strict=True)}

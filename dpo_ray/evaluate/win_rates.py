@@ -7,7 +7,7 @@ resampled. Intervals are 95 %.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -152,6 +152,33 @@ def _intercept_shift(logits: Floats, seen: _Comparisons) -> float:
     wins = float((seen.weights * seen.scores).sum())
     far = 50 + float(np.abs(logits).max())
     return float(brentq(lambda shift: (seen.weights * expit(logits + shift)).sum() - wins, -far, far))
+
+
+MIN_PROMPTS = 10
+"""Fewer tell nothing of length apart from worth."""
+
+
+def outcome(scores: Sequence[float], prompts: Sequence[str], longer: Sequence[int] | None) -> dict[str, Any]:
+    """Win rate, plain and length-controlled, and the counts behind it, as an entry of `evaluation.json`.
+
+    Args:
+        longer: [N], length of the model's response less that of the other; None: not known.
+    """
+    value, low, high = win_rate(scores, prompts)
+    num_prompts = len(set(prompts))
+    controlled = None
+    if longer is not None and num_prompts >= MIN_PROMPTS:
+        controlled = length_controlled_win_rate(scores, prompts, longer)
+    return {
+        "num_prompts": num_prompts,
+        "wins": sum(score > 0.5 for score in scores),
+        "ties": sum(score == 0.5 for score in scores),
+        "losses": sum(score < 0.5 for score in scores),
+        "value": value,
+        "low": low,
+        "high": high,
+        "length_controlled": controlled and dict(zip(("value", "low", "high"), controlled, strict=True)),
+    }
 
 
 def bradley_terry(wins: ArrayLike) -> list[Interval]:

@@ -1,6 +1,7 @@
 """The commands as a person runs them, in processes of their own: train, Ctrl-C, --resume, evaluate, export, report."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -95,24 +96,91 @@ def test_mlflow_has_one_run_with_parameters_metrics_and_reports(trained: dict[st
     assert {"recipe.yaml", "data_report.json", "summary.json"} <= names
 
 
-def test_evaluate_gives_the_runs_own_numbers(trained: dict[str, Any], recipe: Path, environment: dict[str, str]):
-    done = run(environment, "evaluate", str(recipe.parent / "runs/hh"), "--json")
-    found = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def evaluated(
+    trained: dict[str, Any], recipe: Path, shared: Path, environment: dict[str, str]
+) -> tuple[dict[str, Any], Path]:
+    """`dpo-ray evaluate RUN`: win rate, retention, KL and the rest by one command; its `--json`, and the folder."""
+    (recipe.parent / "taste_of_words.py").write_text(
+        "def plain(prompt, response):\n    words = response.split()\n    return len(set(words)) / max(1, len(words))\n"
+    )
+    questions = recipe.parent / "question.jsonl"
+    questions.write_text(json.dumps({"question_id": 7, "turns": ["Once upon a time?", "And then?"]}) + "\n")
+    done = run(
+        environment | {"PYTHONPATH": str(recipe.parent)},
+        *("evaluate", str(recipe.parent / "runs/hh"), "--json", "evaluate.num_prompts=24"),
+        "evaluate.write.max_tokens=24",
+        "evaluate.judge={kind: function, function: 'taste_of_words:plain'}",
+        f"evaluate.mt_bench={questions}",
+        "evaluate.retention.max_tokens=128",
+        "evaluate.retention.num_texts=20",
+        f"evaluate.retention.sources=[{{path: {shared}/data/sft_text/c4_demo.jsonl.gz}}, "
+        f"{{path: {shared}/data/sft_text/wiki_demo.jsonl.gz}}]",
+    )
+    return json.loads(done.stdout), recipe.parent / "runs/hh/evaluation"
+
+
+def test_evaluate_gives_the_runs_own_numbers(evaluated: tuple[dict[str, Any], Path], trained: dict[str, Any]):
+    found, _ = evaluated
     for name, value in trained["best_eval"].items():
-        assert found[f"eval/{name}"] == pytest.approx(value, abs=1e-4), name
+        assert found["held_out"]["metrics"][name] == pytest.approx(value, abs=1e-4), name
+    assert found["data_fingerprint"] == trained["data_fingerprint"]
+    assert sum(group["num_pairs"] for group in found["held_out"]["by_length"]) == 32
 
 
-def test_evaluate_takes_any_model_and_pairs(trained: dict[str, Any], shared: Path, environment: dict[str, str]):
+def test_evaluate_tells_win_rate_retention_kl_and_drift(evaluated: tuple[dict[str, Any], Path]):
+    found, folder = evaluated
+    (rate,) = found["win_rate"]
+    assert rate["against"] == "reference"
+    assert rate["judge"] == "function:taste_of_words:plain"
+    assert rate["wins"] + rate["ties"] + rate["losses"] == rate["num_prompts"] == 24
+    assert rate["low"] <= rate["value"] <= rate["high"]
+    assert found["kl"]["num_responses"] == 24
+    assert found["kl"]["value"] > 0  # 24 steps of DPO at a high rate have gone somewhere
+    first, second = found["retention"]["perplexity"]
+    assert first["num_texts"] == second["num_texts"] == 20
+    for text in (first, second):
+        assert text["low"] <= text["change"] <= text["high"]
+        assert text["change"] == pytest.approx(math.log(text["after"] / text["before"]), abs=1e-6)
+    assert {change["name"] for change in found["drift"]} >= {"response length"}
+    assert json.loads((folder / "evaluation.json").read_text()) == found
+    assert "win rate" in (folder / "evaluation.html").read_text().lower()
+
+
+def test_evaluate_writes_what_outside_tools_read(evaluated: tuple[dict[str, Any], Path], environment: dict[str, str]):
+    found, folder = evaluated
+    outputs = json.loads((folder / "alpaca_eval/hh.json").read_text())
+    assert len(outputs) == 24
+    assert outputs[0].keys() == {"instruction", "output", "generator"}
+    (answer,) = map(json.loads, (folder / "mt_bench/model_answer/hh.jsonl").read_text().splitlines())
+    assert len(answer["choices"][0]["turns"]) == 2
+    annotations = folder / "annotations.json"
+    rows = [
+        {"instruction": str(i), "output_1": "a", "generator_1": "reference", "output_2": "b", "generator_2": "hh"}
+        | {"preference": 2.0 if i < 9 else 1.0}
+        for i in range(12)
+    ]
+    annotations.write_text(json.dumps(rows))
+    told = run(environment, "evaluate", str(folder.parent), "--annotations", str(annotations), "--json").stdout
+    own, imported = json.loads(told)["win_rate"]
+    assert own == found["win_rate"][0]
+    assert (imported["wins"], imported["value"]) == (9, 0.75)
+
+
+def test_evaluate_takes_any_model_and_pairs(
+    trained: dict[str, Any], shared: Path, environment: dict[str, str], tmp_path: Path
+):
     start = str(shared / "models/stories260K")
     pairs = str(shared / "data/truthfulqa/pairs.jsonl.gz")
     done = run(
         environment,
         *("evaluate", start, "data.max_tokens=256", "engine.precision=fp32", "data.sources.0.num_pairs=50"),
-        *("--data", pairs, "--reference", start, "--json"),
+        *("--data", pairs, "--reference", start, "--json", "--output", str(tmp_path), "evaluate.num_prompts=0"),
+        f"storage.path={tmp_path}",
     )
-    found = json.loads(done.stdout)
-    assert found["eval/num_pairs"] == 50
-    assert found["eval/rewards/accuracies"] == 0.5  # a model against itself: every pair is a tie
+    found = json.loads(done.stdout)["held_out"]["metrics"]
+    assert found["num_pairs"] == 50
+    assert found["rewards/accuracies"] == 0.5  # a model against itself: every pair is a tie
 
 
 def test_export_writes_any_checkpoint(trained: dict[str, Any], recipe: Path, environment: dict[str, str]):

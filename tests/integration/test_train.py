@@ -259,7 +259,7 @@ def test_the_exported_model_has_the_evaluated_log_probs(first: RunResult, shared
         gpus_per_actor=0,
     )
     for name, value in first.summary["best_eval"].items():
-        assert found[f"eval/{name}"] == pytest.approx(value, abs=1e-4), name
+        assert found.metrics[name] == pytest.approx(value, abs=1e-4), name
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -289,8 +289,8 @@ def test_lora_trains_and_its_adapter_reloads(cluster: None, shared: Path, storag
         prepare(run).held_out_pairs,
         gpus_per_actor=0,
     )
-    assert again["eval/loss"] == pytest.approx(result.summary["best_eval"]["loss"], abs=1e-4)
-    assert again["eval/rewards/accuracies"] == result.summary["best_eval"]["rewards/accuracies"]
+    assert again.metrics["loss"] == pytest.approx(result.summary["best_eval"]["loss"], abs=1e-4)
+    assert again.metrics["rewards/accuracies"] == result.summary["best_eval"]["rewards/accuracies"]
 
 
 def test_early_stopping_keeps_the_best_checkpoint(first: RunResult, shared: Path, storage: Path):

@@ -142,7 +142,7 @@ def test_tokenizer_gives_the_text_back(task):
     assert tokenizer.unk_token_id in tokenizer("The plot was unheard of.")["input_ids"]
 
 
-def test_samples_and_their_log_probs(task, monkeypatch):
+def test_samples_come_of_their_seed(task, monkeypatch):
     base = str(task[0] / "base")
     prompts = [row["prompt"] for row in rows(task[0] / "prompts.jsonl")]
     monkeypatch.setattr(demo, "BATCH", 7)
@@ -150,29 +150,20 @@ def test_samples_and_their_log_probs(task, monkeypatch):
     assert [s.prompt for s in samples] == [prompt for prompt in prompts for _ in range(2)]
     assert samples == demo.generate(base, prompts, seed=1, num_per_prompt=2)
     assert samples != demo.generate(base, prompts, seed=2, num_per_prompt=2)
-    together = demo._token_logps(base, samples)
-    assert len(together) == sum(len(s.ids) for s in samples)
-    alone = [logp for sample in samples for logp in demo._token_logps(base, [sample])]
-    assert together == pytest.approx(alone, abs=1e-4)
-
-    other = demo.compare(base, str(task[2] / "base"), prompts)
-    same = demo.compare(base, base, prompts)
-    assert same.kl == 0
-    assert other.kl > 0.1
 
 
 def text_worth(worth):
     texts = {3: " was superb. I loved the cast.", -3: " was dreadful. I hated the cast.", 0: " was dull. I loved x."}
-    return Sample(PROMPT, texts[worth], (1, 2), (3, 4))
+    return Sample(PROMPT, texts[worth])
 
 
 def test_outcome_worked_by_hand():
     base = tuple(text_worth(w) for w in (-3, 3, 3, -3))
     aligned = tuple(text_worth(w) for w in (3, 3, -3, 3))
-    outcome = Outcome(base, aligned, (0.5, -0.25, 1.25, 0.5))
+    outcome = Outcome(base, aligned, 0.5)
     # Two wins, one tie, one loss: 2.5 / 4. Wilson: centre (p + z²/2n) / (1 + z²/n).
     assert outcome.win_rate == 0.625
-    assert outcome.kl == 0.5
+    assert outcome.summary()["kl"] == 0.5
     summary = outcome.summary()
     assert (summary["base_reward"], summary["aligned_reward"]) == (0, 1.5)
     z, n = 1.959964, 4
@@ -185,7 +176,7 @@ def test_outcome_worked_by_hand():
 
 
 def test_picture(tmp_path):
-    outcome = Outcome((text_worth(-3),), (text_worth(3),), (0.1,))
+    outcome = Outcome((text_worth(-3),), (text_worth(3),), 0.1)
     lines = [{"step": 1, "rewards/accuracies": 0.5}, {"step": 2, "eval/rewards/accuracies": 0.75}]
     demo.plot(outcome, lines, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ LAYERS = {
     "mathematics": [
         *("losses", "logps", "metrics", "stopping", "space", "comparisons", "curve_families", "curves", "trends"),
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
+        *("evaluate.exports",),
     ],
     "material": [
         *(
@@ -38,15 +39,26 @@ LAYERS = {
     "machinery": ["actor_pool", "engine", "engine_state", "reference", "generate"],
     "procedure": [
         *("train", "uploads", "evaluate", "acquisition.samples", "acquisition.features", "acquisition.oracles"),
-        *("acquisition.judge", "acquisition.chat", "acquisition.label_queue"),
+        *("acquisition.judge", "acquisition.chat", "acquisition.label_queue", "evaluate.harness"),
     ],
-    "launch": ["launch", "supervise", "sweep", "acquisition.rounds", "acquire", "score", "shipping", "submit", "jobs"],
+    "launch": [
+        "launch",
+        "supervise",
+        "sweep",
+        "acquisition.rounds",
+        "acquire",
+        "score",
+        "evaluation",
+        "shipping",
+        "submit",
+        "jobs",
+    ],
     "surface": ["terminal", "cli", "cli_jobs", "demo", "doctor", "cluster_facts", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
 WITHOUT_RAY = {"words", "mathematics", "material"}
 
-HOMES = {"deepspeed": {"engine"}, "mlflow": {"tracking"}}
+HOMES = {"deepspeed": {"engine"}, "mlflow": {"tracking"}, "lm_eval": {"evaluate.harness"}}
 
 
 def module_name(path: Path) -> str:
