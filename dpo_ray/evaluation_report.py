@@ -145,25 +145,40 @@ def _win_rates(tree: Tree) -> str:
     found = tree.get("win_rate") or []
     if not found:
         return ""
-    heads = ["against", "judge", "prompts", "wins", "ties", "losses", "missing", "win rate (95 %)", "equal lengths"]
     rows = [
         [
             rate["against"],
-            rate["judge"],
-            *(text(rate.get(name)) for name in ("num_prompts", "wins", "ties", "losses", "missing")),
+            text(rate.get("num_prompts")),
+            ", ".join(text(rate.get(name)) for name in ("wins", "ties", "losses")),
             percent_with_interval(*_triple(rate)),
             percent_with_interval(*_triple(rate.get("length_controlled"))),
+            _verdict(rate),
+        ]
+        for rate in found
+    ]
+    heads = ["against", "prompts", "wins, ties, losses", "win rate (95 %)", "at equal lengths (95 %)", ""]
+    judges = [
+        [
+            rate["against"],
+            rate["judge"],
             percent_with_interval(*_triple(rate.get("first_position"))),
+            text(rate.get("missing")),
             ", ".join(f"{name} {text(value)}" for name, value in (rate.get("cost") or {}).items()) or "-",
         ]
         for rate in found
     ]
     note = (
-        "A tie counts half. Equal lengths: the win rate that is left when neither response is the longer. First place: "
-        "how often the judge prefers what it is shown first; 50 % is a judge without such a preference."
+        "A tie counts half. At equal lengths: what is left of the win rate when neither response is the longer. First "
+        "place won: how often the judge prefers what it is shown first; 50 % is a judge without such a preference."
     )
-    made = table([*heads, "first place", "cost"], rows)
-    return "\n".join([panels_side_by_side(_win_rate_panels(tree)), made, paragraph(note)])
+    return "\n".join(
+        [
+            panels_side_by_side(_win_rate_panels(tree)),
+            table(heads, rows),
+            table(["against", "judge", "first place won (95 %)", "without a verdict", "cost"], judges),
+            paragraph(note),
+        ]
+    )
 
 
 def _win_rate_panels(tree: Tree) -> list[Panel]:
@@ -182,7 +197,14 @@ def _win_rate_panels(tree: Tree) -> list[Panel]:
         axes.set_yticks(range(len(found)), names, fontsize=8)
         axes.set(xlabel="win rate", xlim=(0, 1), ylim=(len(found) - 0.5, -0.5))
 
-    return [Panel("Win rates", "Share of prompts won, with 95 % intervals. Dashed: neither is better.", draw)]
+    return [
+        Panel(
+            "Win rates",
+            "Share of prompts won, with 95 % intervals. Dashed: neither is better.",
+            draw,
+            1.2 + 0.5 * len(found),
+        )
+    ]
 
 
 def _ranking(found: Sequence[Tree]) -> str:
@@ -323,8 +345,7 @@ def examples(tree: Tree) -> str:
 
 def _example(number: int, found: Tree) -> str:
     preferred = found.get("preferred")
-    verdicts = {"before": "preferred: before", "after": "preferred: after", "tie": "judged a tie"}
-    told = "; ".join(filter(None, (verdicts.get(preferred or ""), found.get("note"))))
+    told = "; ".join(filter(None, ("judged a tie" if preferred == "tie" else "", found.get("note"))))
     sides = "".join(
         f"<div><h4>{name}{', preferred' if preferred == side else ''}</h4>"
         f"{said(str(found.get(side) or ''), is_preferred=preferred == side)}</div>"
@@ -384,7 +405,7 @@ def _change(found: Tree, worse: Literal["higher", "lower"] | None = None) -> str
 def _signed(found: Tree) -> str:
     """The change with its sign, and its interval."""
     values = [found.get(name) for name in ("change", "low", "high")]
-    value, low, high = ("-" if value is None else f"{value:+.4g}" for value in values)
+    value, low, high = ("-" if value is None else f"{value:+.3g}" for value in values)
     return value if "-" in (low, high) else f"{value} ({low} to {high})"
 
 

@@ -27,15 +27,14 @@ _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --quiet: #57606a; --line: #d8dee4; --soft: #f5f7f9;
   --link: #0b57a4; --mark: #e6f0fa; }
 @media screen and (prefers-color-scheme: dark) {
-  :root { --paper: #14171b; --ink: #e4e7eb; --quiet: #a4adb8; --line: #363d46; --soft: #1d2227; --link: #7db8f5;
+  :root { --paper: #171717; --ink: #e4e7eb; --quiet: #a4adb8; --line: #363d46; --soft: #1d2227; --link: #7db8f5;
     --mark: #20344a; }
   img { filter: invert(.91) hue-rotate(180deg); }
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; text-size-adjust: 100%; scroll-padding-top: 1rem; }
 body { font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; margin: 0 auto;
-  padding: 1.5rem 1rem 4rem;
-  max-width: 62rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
+  padding: 1.5rem 1rem 4rem; max-width: 62rem; color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.5rem 0 .75rem; padding-bottom: .25rem;
   border-bottom: 1px solid var(--line); }
@@ -48,15 +47,16 @@ nav ul { list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1rem; mar
   font-size: .9rem; }
 nav a { text-decoration: none; } nav a:hover, nav a:focus-visible { text-decoration: underline; }
 .wide { overflow-x: auto; margin: .75rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+table { border-collapse: collapse; width: max-content; font-size: .9rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line);
-  max-width: 30rem; }
+  max-width: 24rem; }
 th { font-weight: 600; color: var(--quiet); vertical-align: bottom; }
 figure { margin: 0; } figcaption { font-size: .85rem; margin-top: .25rem; max-width: 46rem; }
 img { display: block; max-width: 100%; height: auto; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem;
   margin: 1rem 0; }
-.panels figure { max-width: 36rem; }
+.panels figure { max-width: 30rem; }
 .numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .numbers div { background: var(--soft); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; }
 .numbers dt { font-size: .85rem; color: var(--quiet); }
@@ -67,23 +67,24 @@ pre { font: .82rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; over
 .said { white-space: pre-wrap; font-size: .92rem; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .5rem 1rem; }
 .example { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem 1rem; margin: 1rem 0; }
+.example h3 { margin-top: 0; }
 .preferred { background: var(--mark); }
 summary { cursor: pointer; color: var(--link); } .said summary { color: inherit; }
 .more { color: var(--link); } details[open] .cut { display: none; }
 @page { margin: 14mm; }
 @media print {
-  body { font-size: 9.5pt; max-width: none; padding: 0; }
+  html { font-size: 9.5pt; } body { max-width: none; padding: 0; }
   nav { display: none; }
   a, summary, .more { color: inherit; text-decoration: none; }
   h2, h3, h4, .about { break-after: avoid; }
-  figure, tr, .numbers div, .sides > * { break-inside: avoid; }
+  figure, tr, .numbers div { break-inside: avoid; }
   thead { display: table-header-group; }
   .wide { overflow: visible; }
-  table { font-size: 8pt; overflow-wrap: anywhere; } th, td { padding-right: .6rem; }
+  table { width: auto; font-size: 8pt; overflow-wrap: break-word; } th, td { padding-right: .6rem; }
   pre { white-space: pre-wrap; overflow: visible; overflow-wrap: anywhere; }
-  .panels { grid-template-columns: 1fr 1fr; gap: 1rem; }
+  .panels, .sides { grid-template-columns: 1fr 1fr; gap: 1rem; }
   details::details-content { content-visibility: visible; block-size: auto; }
-  details .cut { display: none; }
+  details .cut { display: none; } summary { list-style: none; }
 }
 """
 
@@ -99,6 +100,8 @@ class Panel(NamedTuple):
     caption: str
     """What is seen, in words: it stands below the picture, and for it where it cannot be seen."""
     draw: Callable[[Axes], None]
+    height: float = 3.7
+    """Inches, at a width of 5.4."""
 
 
 def document(title: str, body: str, about: str = "") -> bytes:
@@ -188,7 +191,7 @@ def panels_side_by_side(panels: Sequence[Panel]) -> str:
 
 
 def _figure(panel: Panel) -> str:
-    figure = Figure(figsize=(5.4, 3.7), layout="constrained")
+    figure = Figure(figsize=(5.4, panel.height), layout="constrained")
     _drawn(figure.subplots(), panel)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144)

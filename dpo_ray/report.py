@@ -203,10 +203,10 @@ def _anomalies(summary: Mapping[str, Any]) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     """`data_report.json` in words and tables. A row is what a source holds, a pair what came of it."""
-    sides = [(name, data[key]) for key, name in (("train", "training"), ("held_out", "held out")) if key in data]
+    sides = [(name, data[key]) for key, name in (("train", "for training"), ("held_out", "held out")) if key in data]
     told = [
         f"{text(data.get('rows'))} rows gave {text(data.get('pairs'))} pairs; "
-        + ", ".join(f"{text(side.get('pairs'))} of them {name}" for name, side in sides if isinstance(side, dict))
+        + ", ".join(f"{text(side.get('pairs'))} {name}" for name, side in sides if isinstance(side, dict))
         + "."
     ]
     told += [f"{note[:1].upper()}{note[1:]}." for note in data.get("notes") or []]
@@ -327,7 +327,7 @@ def _time_panels(summary: Mapping[str, Any]) -> list[Panel]:
         axes.invert_yaxis()
         axes.margins(x=0.15)
 
-    return [Panel("Where the time went", "Shares by the steps that were timed.", draw)]
+    return [Panel("Where the time went", "Shares by the steps that were timed.", draw, 2.6)]
 
 
 def _recipe(run: RunRecord) -> str:

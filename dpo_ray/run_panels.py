@@ -1,5 +1,6 @@
 """The pictures of a run: curves, reward distributions, KL against reward. A panel is made only where its data is."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,12 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from dpo_ray.page import BLUE, GREEN, GREY, ORANGE, RED, Panel
+from dpo_ray.page import BLUE, GREEN, GREY, RED, Panel
 from dpo_ray.run_record import RunRecord, series
 
 Line = Mapping[str, Any]
 
-_LOOK: dict[str, dict[str, Any]] = {"": {"linewidth": 1, "alpha": 0.6}, "eval/": {"marker": "o", "markersize": 4}}
+_LOOK: dict[str, dict[str, Any]] = {"": {"linewidth": 1, "alpha": 0.7}, "eval/": {"marker": "o", "markersize": 4}}
 _KIND = {"": "training", "eval/": "held out"}
 _MOST_STEPS_NAMED = 8
 _NO_SPREAD = 1e-6
@@ -42,7 +43,7 @@ def curve_panels(lines: Sequence[Line], best_step: int | None) -> list[Panel]:
             "How far the policy has left the data's responses, in nats per token.",
             {"kl": BLUE},
         ),
-        ("Gradient norm", "Norm of the gradient before clipping.", {"grad_norm": ORANGE}),
+        ("Gradient norm", "Norm of the gradient before clipping.", {"grad_norm": BLUE}),
     )
     panels = []
     for title, caption, colours in wanted:
@@ -68,7 +69,7 @@ def _curves(lines: Sequence[Line], colours: Mapping[str, str], best_step: int | 
         if best_step is not None:
             axes.axvline(best_step, color=GREY, linestyle=":", linewidth=1)
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.legend(fontsize=8, frameon=False)
 
     return draw
@@ -127,15 +128,19 @@ def _margin_panel(groups: Mapping[str, Sequence[float]]) -> Panel:
         axes.set(xlabel="margin (nats)", ylabel="pairs")
         axes.legend(fontsize=8, frameon=False)
 
-    shares = [f"{name}: {float(np.mean(np.array(values) > 0)):.1%}" for name, values in groups.items()]
-    caption = f"Chosen less rejected reward of each held-out pair. Above zero, {'; '.join(shares)}."
+    shares = [f"{name}: {(np.mean(np.sign(values)) + 1) / 2:.1%}" for name, values in groups.items()]
+    caption = (
+        f"Chosen less rejected reward of each held-out pair. Above zero, a tie counting half: {', '.join(shares)}."
+    )
     return Panel("Margins", caption, draw)
 
 
 def _edges(values: Sequence[float]) -> Any:
-    """Forty bins over the inner 99 %: a few far values, which stand in the outer bins, do not squeeze the rest."""
+    """Bins by Rice's rule over the inner 99 %: a few far values, which stand in the outer bins, squeeze nothing."""
     low, high = np.quantile(values, [0.005, 0.995])
-    return np.linspace(low, high, 41) if high - low > _NO_SPREAD else np.linspace(low - 1, high + 1, 41)
+    if high - low <= _NO_SPREAD:
+        low, high = low - 1, high + 1
+    return np.linspace(low, high, 2 + math.ceil(2 * len(values) ** (1 / 3)))
 
 
 def _histogram(
