@@ -413,20 +413,29 @@ def export(
 
 @app.command()
 @explained
-def report(run_dir: Annotated[str, typer.Argument(help="A folder of a run, a study or an acquisition.")]) -> None:
-    """Write report.html and report.png from what a run, a study or an acquisition wrote."""
+def report(
+    folders: Annotated[list[str], typer.Argument(help="A run, a study or an acquisition; or several runs.")],
+    output: Annotated[str | None, typer.Option(help="Of several runs: where to; default: what holds them.")] = None,
+) -> None:
+    """Write a report of what a run, a study or an acquisition wrote; of several runs, a comparison."""
     from dpo_ray.acquire_report import write_acquire_report
     from dpo_ray.report import write_report
+    from dpo_ray.run_comparison import write_comparison
     from dpo_ray.storage import Folder
     from dpo_ray.study_report import write_study_report
 
-    folder = Folder(run_dir)
-    write = write_report
-    if folder.exists("study.json"):
-        write = write_study_report
+    folder = Folder(folders[0])
+    if len(folders) > 1:
+        written = write_comparison(folders, output)
+    elif output is not None:
+        raise InputError("--output is for several runs: the report of one is written into its folder")
+    elif folder.exists("study.json"):
+        written = write_study_report(folders[0])
     elif folder.exists("acquire.json"):
-        write = write_acquire_report
-    for path in write(run_dir):
+        written = write_acquire_report(folders[0])
+    else:
+        written = write_report(folders[0])
+    for path in written:
         console.print(path, highlight=False, soft_wrap=True)
 
 

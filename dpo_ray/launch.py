@@ -24,7 +24,7 @@ from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.lease import Lease
 from dpo_ray.losses import loss_function
 from dpo_ray.manifest import Manifest
-from dpo_ray.metrics import METRICS
+from dpo_ray.model_card import CARD_FILE, card_of
 from dpo_ray.notices import STOP_FILE
 from dpo_ray.prepare import (
     Prepared,
@@ -598,27 +598,5 @@ def write_model(
         raise InputError(f"{source.path} is damaged: {', '.join(wrong)}")
     target.delete()
     target.copy_from((source / MODEL_FOLDER).path)
-    target.write("README.md", model_card(run, chosen, summary).encode())
+    target.write(CARD_FILE, card_of(folder, run, target, summary, chosen).encode())
     return chosen
-
-
-def model_card(run: RunConfig, step: int, summary: Mapping[str, Any] | None) -> str:
-    """The README of an exported model: how it was made, and what was measured."""
-    library = "peft" if run.model.lora else "transformers"
-    sources = "\n".join(f"- {source.path}" for source in run.data.sources)
-    settings = ", ".join(f"{key} {value}" for key, value in run.loss.model_dump(exclude={"kind"}).items())
-    rows = ""
-    best = (summary or {}).get("best_eval") or {}
-    if best and summary is not None and summary["best_step"] == step:
-        rows = "\n## Held-out pairs\n\n| metric | value | meaning |\n|---|---|---|\n" + "".join(
-            f"| {name} | {best[name]:.4g} | {metric.meaning} |\n" for name, metric in METRICS.items() if name in best
-        )
-        rows += f"\n{best['num_pairs']} pairs; 95 % interval of the accuracies " if "rewards/accuracies" in best else ""
-        if "rewards/accuracies" in best:
-            rows += f"{best['rewards/accuracies_low']:.3f} to {best['rewards/accuracies_high']:.3f}.\n"
-    return (
-        f"---\nbase_model: {run.model.path}\nlibrary_name: {library}\ntags:\n- {run.loss.kind}\n- dpo-ray\n---\n\n"
-        f"# {run.name}\n\n{run.model.path}, trained with `{run.loss.kind}`"
-        + (f" ({settings})" if settings else "")
-        + f" by dpo-ray {version('dpo-ray')}; checkpoint of step {step}.\n\n## Data\n\n{sources}\n{rows}"
-    )
