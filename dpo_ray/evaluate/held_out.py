@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dpo_ray.config import RunConfig
 from dpo_ray.data.encode import TokenTable
-from dpo_ray.evaluate.calibration import calibrate, length_controlled_accuracy
+from dpo_ray.evaluate.calibration import calibration, length_controlled_accuracy
 from dpo_ray.losses import PairTerms, loss_function, match_gaps
 from dpo_ray.metrics import means_with_interval, pair_sums, wilson_interval
 from dpo_ray.models import ModelSource
@@ -19,6 +19,8 @@ from dpo_ray.reference import ReferenceTable, fill
 MAX_LISTED = 2000
 """Pairs whose rewards are listed, for the pictures of a report."""
 LENGTH_GROUPS = 4
+MIN_PAIRS = 40
+"""Fewer tell nothing of length apart from worth, and draw no reliability curve."""
 
 
 class HeldOut(NamedTuple):
@@ -99,9 +101,9 @@ def held_out_tree(
     rejected = np.array([len(pair.rejected_ids) for pair in pairs])
     longer = chosen - rejected
     tree["longer_is_better"] = _share(float((np.sign(longer) + 1).sum() / 2), len(pairs))
-    if len(pairs) >= 10:  # too few to tell length from worth, or to draw a curve
+    if len(pairs) >= MIN_PAIRS:
         tree["length_controlled_accuracy"] = _named(length_controlled_accuracy(margins, longer))
-        tree["calibration"] = calibrate(margins)
+        tree["calibration"] = _calibration(margins)
     tree["by_source"] = [
         {"source": source, **_group(margins, rows)}
         for source, rows in _rows_by([sources[pair.pair_id] for pair in pairs]).items()
@@ -112,6 +114,27 @@ def held_out_tree(
     ]
     tree["rewards"] = {"before": _listed(before), "after": _listed(after)}
     return tree
+
+
+def _calibration(margins: NDArray[np.float64]) -> dict[str, Any]:
+    found = calibration(margins)
+    return {
+        "expected_calibration_error": _named(found.error),
+        "plain_error": found.ece,
+        "plain_error_if_calibrated": found.ece_if_calibrated,
+        "brier": found.brier.estimate,
+        "temperature": found.temperature,
+        "bins": [
+            {
+                "confidence": one.confidence,
+                "accuracy": one.accuracy.estimate,
+                "low": one.accuracy.low,
+                "high": one.accuracy.high,
+                "num_pairs": one.num_pairs,
+            }
+            for one in found.bins
+        ],
+    }
 
 
 def _named(interval: Any) -> dict[str, float]:
