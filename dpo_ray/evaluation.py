@@ -23,7 +23,7 @@ from dpo_ray.data.mixture import load_pool
 from dpo_ray.data.sources import read_rows
 from dpo_ray.errors import InputError
 from dpo_ray.evaluate import exports
-from dpo_ray.evaluate.drift import drift
+from dpo_ray.evaluate.drift import Response, drift
 from dpo_ray.evaluate.generations import Writer, Written, read_prompts
 from dpo_ray.evaluate.held_out import HeldOut, evaluate_model, held_out_tree
 from dpo_ray.evaluate.judging import Verdict, agreement_with_people, ask, win_rate_tree
@@ -32,12 +32,14 @@ from dpo_ray.evaluate.win_rates import bradley_terry
 from dpo_ray.evaluation_report import write_evaluation_report
 from dpo_ray.generate import Sampling
 from dpo_ray.launch import SUMMARY_FILE, Display, check_cluster
+from dpo_ray.model_card import write_model_card
 from dpo_ray.models import ModelSource, weights_fingerprint
 from dpo_ray.pairs import Candidate
 from dpo_ray.prepare import held_out_of, is_run, model_of, recipe_of, reference_source
+from dpo_ray.run_record import EVALUATION_FILE
 from dpo_ray.storage import Folder, redacted
 
-EVALUATION_FOLDER, EVALUATION_FILE = "evaluation", "evaluation.json"
+EVALUATION_FOLDER, _, RESULT_FILE = EVALUATION_FILE.partition("/")
 
 
 class Named(NamedTuple):
@@ -173,8 +175,10 @@ def evaluate(
         tree.setdefault("retention", {})["tasks"] = tasks(run, base, after.source, gpus)
     tree["seconds"] = round(time.monotonic() - began, 1)
     tree = json.loads(redacted(json.dumps(tree)))
-    folder.write_json(EVALUATION_FILE, tree)
+    folder.write_json(RESULT_FILE, tree)
     write_evaluation_report(folder.path)
+    if is_run(model) and Folder(model).exists(SUMMARY_FILE) and folder.path == folder_of(model, None).path:
+        write_model_card(model)
     _track(run, model, tree, display)
     return dict(tree)
 
@@ -193,7 +197,7 @@ def _track(run: RunConfig, model: str, tree: Mapping[str, Any], display: Display
         display.phase(f"MLflow does not get the evaluation: {error}")
         return
     tracker.log(flat_numbers(tree), int(summary.get("best_step") or summary.get("steps") or 0))
-    tracker.log_file(json.dumps(tree, indent=2), f"{EVALUATION_FOLDER}/{EVALUATION_FILE}")
+    tracker.log_file(json.dumps(tree, indent=2), EVALUATION_FILE)
     tracker.finish(summary["status"])
 
 
@@ -349,9 +353,15 @@ def _drift(
     run: RunConfig,
 ) -> list[dict[str, Any]]:
     """How the answers changed, whoever is right."""
-    before, after = ([answer for i in answered for answer in of_model[i]] for of_model in written)
-    ids = [prompt.prompt_id for prompt, i in zip(prompts, answered, strict=True) for _ in written[0][i]]
-    return [change._asdict() for change in drift(before, after, ids, seed=run.evaluate.seed)]
+    before, after = (
+        [
+            Response(answer.text, prompt.prompt_id, len(answer.ids), answer.is_finished)
+            for prompt, i in zip(prompts, answered, strict=True)
+            for answer in of_model[i]
+        ]
+        for of_model in written
+    )
+    return [change._asdict() for change in drift(before, after, seed=run.evaluate.seed)]
 
 
 def _examples(
@@ -436,9 +446,9 @@ def import_annotations(folder: Folder, path: str, model: str | None = None) -> d
     Raises:
         InputError: The file is of neither kind, or has no comparison of the model.
     """
-    if not folder.exists(EVALUATION_FILE):
-        raise InputError(f"no {EVALUATION_FILE} in {folder.path}: dpo-ray evaluate MODEL comes first")
-    tree = folder.read_json(EVALUATION_FILE)
+    if not folder.exists(RESULT_FILE):
+        raise InputError(f"no {RESULT_FILE} in {folder.path}: dpo-ray evaluate MODEL comes first")
+    tree = folder.read_json(RESULT_FILE)
     rows = rows_of(path)
     read = exports.from_mt_bench if rows and "g1_winner" in rows[0] else exports.from_alpaca_eval
     by_model = exports.of_model(read(rows, path), model or _name(tree["model"]))
@@ -447,7 +457,7 @@ def import_annotations(folder: Folder, path: str, model: str | None = None) -> d
     judge = f"annotations:{path}"
     imported = [exports.win_rate_of(annotations, against, judge) for against, annotations in by_model.items()]
     tree["win_rate"] = [row for row in tree.get("win_rate", []) if row["judge"] != judge] + imported
-    folder.write_json(EVALUATION_FILE, tree)
+    folder.write_json(RESULT_FILE, tree)
     write_evaluation_report(folder.path)
     return dict(tree)
 

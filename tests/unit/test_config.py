@@ -200,7 +200,8 @@ def test_the_page_of_keys_is_the_schema():
 
 def test_the_page_has_every_key():
     page = recipe_reference()
-    missing = [key for key in recipe_keys() if f"`{key}`" not in page and not key.startswith("data.eval.sources.*.")]
+    again = ("data.eval.sources.*.", "evaluate.prompts.*.", "evaluate.retention.sources.*.")  # keys of data.sources
+    missing = [key for key in recipe_keys() if f"`{key}`" not in page and not key.startswith(again)]
     assert not missing
     for row in (
         "| `loss.beta` | `0.1` | number, > 0 | Weight of the implicit KL penalty",

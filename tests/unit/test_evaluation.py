@@ -55,7 +55,7 @@ def test_prompts_come_from_pairs_and_from_bare_prompts(tmp_path: Path):
     ]
     (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_prompts(recipe(prompts=[{"path": str(tmp_path / "mixed.jsonl")}]), pairs(5))
-    assert {prompt.prompt for prompt in found} == {"Alone?", "Say it: ", "Do"}
+    assert {prompt.prompt for prompt in found} == {"Alone?", "Say it:", "Do"}
     (tmp_path / "bad.jsonl").write_text('{"text": "no prompt"}\n')
     with pytest.raises(InputError, match=r"bad\.jsonl:1: "):
         read_prompts(recipe(prompts=[{"path": str(tmp_path / "bad.jsonl")}]), [])
@@ -76,9 +76,7 @@ def test_the_held_out_tree_by_hand():
     first, second = tree["by_source"]
     assert (first["source"], first["rewards/accuracies"], first["rewards/margins"]) == ("a", 1.0, 1.25)
     assert (second["source"], second["rewards/accuracies"], second["rewards/margins"]) == ("b", 0.25, -0.5)
-    assert [group["tokens"] for group in tree["by_length"]] == ["8-8", "10-12"] or sum(
-        group["num_pairs"] for group in tree["by_length"]
-    ) == 4
+    assert [(group["tokens"], group["num_pairs"]) for group in tree["by_length"]] == [("8-8", 2), ("10-12", 2)]
     assert tree["rewards"] == {"before": None, "after": {"chosen": chosen.tolist(), "rejected": rejected.tolist()}}
     assert "calibration" not in tree  # four pairs draw no curve
 
