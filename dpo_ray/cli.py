@@ -769,17 +769,18 @@ def show_evaluation(tree: Mapping[str, Any]) -> None:
     for rate in tree.get("win_rate", []):
         told[f"win rate against {rate['against']}"] = rate
         if rate["length_controlled"]:
-            told["  length-controlled"] = rate["length_controlled"]
+            told[f"  length-controlled, against {rate['against']}"] = rate["length_controlled"]
     for row in tree.get("ranking", []):
         told[f"rating of {row['model']} (nats)"] = {**row, "value": row["rating"]}
     if "kl" in tree:
         told["KL to the reference (nats per response)"] = tree["kl"]
     for text in tree.get("retention", {}).get("perplexity", []):
-        told[f"perplexity on {text['source'].rpartition('/')[2]}"] = f"{text['before']:.3f} -> {text['after']:.3f}"
-        told["  change (nats per token)"] = {**text, "value": text["change"]}
+        name = text["source"].rpartition("/")[2]
+        told[f"perplexity on {name}"] = f"{text['before']:.3f} -> {text['after']:.3f}"
+        told[f"  change of the loss on {name} (nats per token)"] = {**text, "value": text["change"]}
     for task in tree.get("retention", {}).get("tasks", []):
         told[f"{task['task']} ({task['metric']})"] = f"{task['before']:.3f} -> {task['after']:.3f}"
-        told["  change of it"] = {**task, "value": task["change"]}
+        told[f"  change of {task['task']}"] = {**task, "value": task["change"]}
     for change in tree.get("drift", []):
         told[f"{change['name']} ({change['unit']})"] = f"{change['before']:.4g} -> {change['after']:.4g}"
     show_metrics("Evaluation", flat_shares(told))

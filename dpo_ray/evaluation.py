@@ -355,7 +355,7 @@ def _drift(
     """How the answers changed, whoever is right."""
     before, after = (
         [
-            Response(answer.text, prompt.prompt_id, len(answer.ids), answer.is_finished)
+            Response(prompt.prompt_id, answer.text, len(answer.ids), answer.is_finished)
             for prompt, i in zip(prompts, answered, strict=True)
             for answer in of_model[i]
         ]
