@@ -108,7 +108,7 @@ def held_out_names(metrics: dict[str, float]) -> dict[str, float]:
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
-def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(share: float, count: float, z: float = 1.959963984540054) -> tuple[float, float]:
     """Score interval of a binomial share (Wilson 1927); z = 1.96 is 95 %. (0, 1) when nothing was counted."""
     if count == 0:
         return 0.0, 1.0
