@@ -16,6 +16,7 @@ LAYERS = {
     "mathematics": [
         *("losses", "logps", "metrics", "stopping", "space", "comparisons", "curve_families", "curves", "trends"),
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
+        *("evaluate.win_rates", "evaluate.calibration", "evaluate.drift"),
     ],
     "material": [
         *(
