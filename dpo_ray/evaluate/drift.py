@@ -77,7 +77,7 @@ def num_words(text: str) -> int:
 def repetition(text: str) -> float:
     """Share of 4-grams of words that stand earlier in the text already; 0 of a text without any.
 
-    seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319), section 6.1, on words in place of tokens.
+    seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319) on words in place of tokens.
     """
     words = text.split()
     grams = list(zip(*(words[start:] for start in range(_NGRAM)), strict=False))
