@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
+from dpo_ray.comparisons import Interval, mean_interval
 from dpo_ray.errors import InputError
 from dpo_ray.evaluate.win_rates import bootstrap
 
@@ -48,17 +49,19 @@ class Change(NamedTuple):
 
 REFUSALS = (
     r"\bI(?: am|'m) (?:very |so |really |truly )?(?:sorry|afraid),? (?:but )?(?:I|that|this|as an)\b",
-    r"\bI (?:can ?not|can't|could not|couldn't|will not|won't|must not|mustn't) "
-    r"(?:\w+ )?(?:help|assist|answer|provide|comply|fulfill?|create|write|give|offer|share|discuss|engage|support|do that)\b",
+    r"\bI (?:can ?not|can't|could not|couldn't|will not|won't) (?:\w+ )?(?:help(?! but)|"
+    r"assist|answer|provide|comply|fulfil|create|write|give|offer|share|discuss|engage|support|do that)",
     r"\bI(?: am|'m) (?:not able|unable|not allowed|not permitted|not comfortable) ",
-    r"\bI (?:have to|must|need to) (?:respectfully )?(?:decline|refuse)\b",
-    r"\bI (?:respectfully )?(?:decline|refuse) to\b",
-    r"\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b",
-    r"\b(?:is|are|be|goes) (?:against|not in line with) my (?:guidelines|principles|programming|policy|policies)\b",
+    r"\bI (?:do not|don't) (?:actually )?have (?:the |any )?(?:access|abilit|capabilit)",
+    r"\bI (?:(?:have to|must|need to) )?(?:respectfully )?(?:decline|refuse)\b",
+    r"\bas an? (?:AI|artificial intelligence|(?:large )?language model)\b[^.!?]{0,80}?\b"
+    r"(?:can ?not|can't|do not have|don't have|(?:un|not )able|will not|won't)\b",
+    r"\b(?:is|are|be|goes) (?:against|not in line with) my (?:guidelines|principles|programming|polic)",
 )
 """What counts as a refusal, in any case of letters, within the first `REFUSAL_SPAN` characters: an apology that goes on
-with what cannot be done, saying that one cannot, may not or will not help, declining, calling oneself an AI, and
-naming one's guidelines. A refusal in other words is missed; a story in which someone refuses at once is counted."""
+with what cannot be done; that one cannot, may not or will not help, or lacks access or ability; declining; being an AI
+that cannot; naming one's guidelines. A refusal in other words is missed; a story in which someone refuses at once is
+counted."""
 
 REFUSAL_SPAN = 200
 """Characters: refusals come at once, and further on such phrases are mostly advice or narration."""
@@ -74,7 +77,7 @@ def num_words(text: str) -> int:
 def repetition(text: str) -> float:
     """Share of 4-grams of words that stand earlier in the text already; 0 of a text without any.
 
-    seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319), section 6.1, on words in place of tokens.
+    seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319) on words in place of tokens.
     """
     words = text.split()
     grams = list(zip(*(words[start:] for start in range(_NGRAM)), strict=False))
@@ -108,15 +111,24 @@ def distinct(texts: Sequence[str]) -> float:
     return len(counts) / counts.total() if counts else 1.0
 
 
-STATISTICS: tuple[tuple[str, str, Callable[[Response], float]], ...] = (
-    ("length", "tokens", lambda response: float(response.num_tokens)),
-    ("words", "words", lambda response: float(num_words(response.text))),
-    ("unfinished", "share", lambda response: float(not response.is_finished)),
-    ("repetition", "share", lambda response: repetition(response.text)),
-    ("refusals", "share", lambda response: float(is_refusal(response.text))),
-    ("compression", "ratio", lambda response: compression_ratio(response.text)),
+class Statistic(NamedTuple):
+    """One number of each response."""
+
+    name: str
+    unit: str
+    value: Callable[[Response], float]
+    is_event: bool = False
+    """It is 0 or 1, and mostly one of them."""
+
+
+STATISTICS = (
+    Statistic("length", "tokens", lambda response: response.num_tokens),
+    Statistic("words", "words", lambda response: num_words(response.text)),
+    Statistic("unfinished", "share", lambda response: not response.is_finished, is_event=True),
+    Statistic("repetition", "share", lambda response: repetition(response.text)),
+    Statistic("refusals", "share", lambda response: is_refusal(response.text), is_event=True),
+    Statistic("compression", "ratio", lambda response: compression_ratio(response.text)),
 )
-"""Name, unit and value of each statistic of one response."""
 
 
 def drift(
@@ -124,13 +136,14 @@ def drift(
 ) -> list[Change]:
     """Each of `STATISTICS`, and `distinct-2` over all responses, with the change and its interval.
 
-    A change is paired by prompt: the mean over prompts of the difference of the prompt's means, with the bootstrap over
-    prompts (`win_rates.bootstrap`). Distinct-2 belongs to the whole set, and a prompt that is drawn twice would make it
-    smaller by itself, so its interval is from the jackknife: leave one prompt out in turn, on both sides (Efron & Stein
-    1981, "The jackknife estimate of variance": too wide rather than too narrow).
+    A change is paired by prompt: the mean over prompts of the difference of the prompt's means. Its interval:
 
-    Where no prompt has changed, the interval is the one value 0: a statistic that never occurred, such as refusals in
-    20 prompts, may still have become likelier; 3 / K is the most that is compatible with it.
+    - Of events, unfinished texts and refusals, Student's with two more prompts, one changed either way, as Bonett &
+      Price 2012 ("Adjusted Wald confidence interval for a difference of binomial proportions based on paired data") do:
+      it has a width even where no prompt has changed.
+    - Of distinct-2, which belongs to the whole set, the jackknife's, leaving one prompt out on both sides; a prompt
+      drawn twice would make it smaller by itself. It is too wide rather than too narrow (Efron & Stein 1981).
+    - Of all others, `win_rates.bootstrap` over prompts.
 
     Args:
         before: Responses of one model, one or more to each prompt, in any order.
@@ -141,11 +154,18 @@ def drift(
     """
     prompts = _shared_prompts(before, after)
     changes = []
-    for name, unit, value in STATISTICS:
+    for name, unit, value, is_event in STATISTICS:
         old, new = (_means(side, prompts, value) for side in (before, after))
-        found = bootstrap(new - old, lambda rows: float(rows.mean()), seed=seed, num_draws=num_draws)
+        change = new - old
+        found = _of_event(change) if is_event else bootstrap(change, np.mean, seed=seed, num_draws=num_draws)
         changes.append(Change(name, unit, float(old.mean()), float(new.mean()), *found))
     return [*changes, _change_of_distinct(before, after, prompts)]
+
+
+def _of_event(change: Floats) -> Interval:
+    """Mean of differences in [-1, 1] with Bonett & Price's interval."""
+    widened = mean_interval(np.append(change, [-1.0, 1.0]))
+    return Interval(float(change.mean()), max(-1.0, widened.low), min(1.0, widened.high))
 
 
 def _shared_prompts(before: Sequence[Response], after: Sequence[Response]) -> dict[str, int]:

@@ -52,8 +52,9 @@ def win_rate(scores: ArrayLike, prompts: Sequence[str] | NDArray[np.str_]) -> In
     "Comparative study of confidence intervals for proportions in complex sample surveys"). One prompt with a plain win
     or loss is added to v, so that prompts that agree by chance do not make the interval vanish.
 
-    In simulation (20 to 500 prompts, 1 to 8 comparisons each, rates of 0.05 to 0.95, up to 90 % ties) it covers 93 to
-    99 %, the more where nearly all are ties; the percentile bootstrap over 20 prompts covers 66 to 97 %.
+    In simulation (20 to 500 prompts, 1 to 8 comparisons each, rates of 0.05 to 0.95, with ties and without) it covers
+    93 to 99 %, and more where nearly all of 20 prompts are ties. The percentile bootstrap over 20 prompts covers 66 to
+    97 %: near 0 or 1 it sees too few of the rarer outcome.
 
     Args:
         scores: [N], in [0, 1].
@@ -79,20 +80,24 @@ def length_controlled_win_rate(
 ) -> Interval:
     """Win rate that the model would have if its responses were as long as the baseline's: AlpacaEval 2's question.
 
-    Dubois et al. 2024 (arXiv:2404.04475), eq. 1, for one model against one baseline:
+    Dubois et al. 2024 (arXiv:2404.04475), for one model against one baseline:
 
         P(win) = sigmoid(theta + phi tanh(d / std d) + psi gamma)
 
     with d the difference of lengths and gamma the difficulty of the prompt. The length-controlled rate is the mean of
-    sigmoid(theta + psi gamma) over prompts. Without `difficulty` the last term is absent and the rate is
-    sigmoid(theta): prompts then only add noise, and a model that is long on hard prompts is credited with less.
+    sigmoid(theta + psi gamma) over prompts. Without `difficulty` the last term is absent and the rate sigmoid(theta):
+    length then answers for what difficulty does, if the model is longer on just those prompts that it finds hard.
 
-    AlpacaEval fits by an L1 penalty that cross-validation chooses, and takes gamma from a fit over all models of its
-    board and phi partly from a baseline told to be brief or verbose. Here the likelihood has Jeffreys' prior alone
-    (Firth 1993, "Bias reduction of maximum likelihood estimates"): it needs no random folds, is finite where the model
-    won every comparison, and moves a rate by less than 0.5 / K.
+    AlpacaEval takes gamma from a fit over all models of its board, phi partly from a baseline told to be brief or
+    verbose, and shrinks by an L1 penalty that cross-validation chooses. Here the slopes have Jeffreys' prior (Firth
+    1993, "Bias reduction of maximum likelihood estimates"), so that they are finite where length decides everything,
+    and the intercept makes the mean prediction the win rate (Puhr et al. 2017, arXiv:2101.07620). For 15 models over
+    217 to 739 prompts, the rate is within 0.2 points of what alpaca_eval 0.6.6 gives without its penalty, and within
+    0.3 of its own figures where the penalty is weak; a strong one moves them by up to 3 points.
 
-    The interval is that of `win_rate`, the variance being that of the prompts' influence on the rate.
+    The interval is Student's on the logit of the rate: the variance of the fit, times the dispersion of the prompts'
+    residuals (ties, several comparisons of a prompt), plus that of the predictions between prompts. AlpacaEval's
+    standard error is the last part alone, and 0 without difficulty. In simulation it covers 94 to 99 %.
 
     Args:
         scores: [N], in [0, 1].
@@ -101,7 +106,8 @@ def length_controlled_win_rate(
         difficulty: [N], of each comparison's prompt, in any unit.
 
     Raises:
-        InputError: As `win_rate`; a value that is not finite; or no more prompts than terms.
+        InputError: As `win_rate`; a value that is not finite; no more prompts than terms; or lengths and difficulties
+            that do not vary apart.
     """
     seen = _compared(scores, prompts)
     lengths = _column("length difference", length_difference, len(seen.scores))
@@ -114,7 +120,9 @@ def length_controlled_win_rate(
     design = np.stack(terms, axis=1)
     if seen.num_prompts <= len(terms):
         raise InputError(f"{len(terms)} terms need more prompts than that, got {seen.num_prompts}")
-    if seen.scores.min() == seen.scores.max():
+    if np.linalg.matrix_rank(design) < len(terms):
+        raise InputError("difficulty does not vary apart from length: leave it out")
+    if seen.scores.min() == seen.scores.max():  # the likelihood has no maximum, or nothing to explain
         return win_rate(scores, prompts)
     at_zero = design.copy()
     if spread > 0:

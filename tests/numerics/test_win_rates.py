@@ -254,6 +254,7 @@ def test_the_interval_of_a_length_controlled_win_rate_covers(
         ([1.0, math.inf, 2.0], None, "length difference of row 2 is not a finite number"),
         ([1.0, 2.0, 3.0], [1.0, 2.0, math.nan], "difficulty of row 3 is not a finite number"),
         ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "3 terms need more prompts than that, got 3"),
+        ([0.0, 0.0, 0.0], [2.0, 2.0, 2.0], "difficulty does not vary apart from length"),
     ],
 )
 def test_wrong_lengths_are_refused(longer: list[float], hard: list[float] | None, message: str):
