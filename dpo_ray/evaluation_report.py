@@ -360,12 +360,15 @@ def _example(number: int, found: Tree) -> str:
 
 def _origin(tree: Tree) -> str:
     """What was evaluated, against what, with which versions."""
-    rows = [[name, redacted(text(tree[name]))] for name in ("model", "model_fingerprint") if name in tree]
+    rows = [
+        [name.replace("_", " "), redacted(text(tree[name]))] for name in ("model", "model_fingerprint") if name in tree
+    ]
     rows += [
         [f"against: {other['name']}", redacted(f"{other.get('path') or ''} {other.get('fingerprint') or ''}").strip()]
         for other in tree.get("against") or []
     ]
-    rows += [[name, redacted(text(tree[name]))] for name in ("reference", "data_fingerprint", "beta") if name in tree]
+    rest = ("reference", "data_fingerprint", "beta")
+    rows += [[name.replace("_", " "), redacted(text(tree[name]))] for name in rest if name in tree]
     rows += [["made", text(tree["created"])]] if tree.get("created") else []
     rows += [["time", duration(tree["seconds"])]] if tree.get("seconds") is not None else []
     return table([], [*rows, *([name, text(value)] for name, value in (tree.get("versions") or {}).items())])

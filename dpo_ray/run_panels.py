@@ -190,7 +190,7 @@ def _kl_curve(
         for step in steps:
             if step in band:
                 axes.plot([kl[step], kl[step]], band[step], color=BLUE, alpha=0.35, linewidth=1)
-        for step in {*steps[::every], steps[-1]}:
+        for step in dict.fromkeys([*steps[::every], steps[-1]]):
             axes.annotate(str(step), (kl[step], values[step]), (4, 4), textcoords="offset points", fontsize=8)
         if best_step is not None and best_step in values:
             axes.plot(kl[best_step], values[best_step], "*", color=RED, markersize=12, zorder=5, label="best")
