@@ -12,7 +12,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from typer.testing import CliRunner
 
+from dpo_ray.cli import app
 from dpo_ray.errors import InputError
 from dpo_ray.evaluation_report import write_evaluation_report
 from dpo_ray.page import LONG_TEXT, Panel, document, said, section, table, text
@@ -452,6 +454,19 @@ def test_runs_of_one_name_are_told_apart_and_other_data_is_said(tmp_path: Path):
 def test_what_cannot_be_compared_is_refused(folders: list[str], message: str):
     with pytest.raises(InputError, match=message):
         write_comparison(folders)
+
+
+def test_the_command_takes_one_run_or_several(tmp_path: Path):
+    paths = [str(write_run(tmp_path / name, lines=SHORT)) for name in ("one", "two")]
+    done = CliRunner().invoke(app, ["report", paths[0]])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "one" / "report.html").exists()
+    done = CliRunner().invoke(app, ["report", *paths, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "comparison.html").exists()
+    done = CliRunner().invoke(app, ["report", paths[0], "--output", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "--output is for several runs" in done.stderr
 
 
 # The parts of a page
