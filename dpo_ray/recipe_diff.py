@@ -53,10 +53,11 @@ def flat(tree: Tree) -> dict[str, Any]:
 
 
 def _default(recipe: Tree, key: str) -> Any:
-    """Of a recipe with the same loss; every item of a list has the first one's defaults."""
+    """Of a recipe with the same loss; all sources have the same defaults, also those of held-out pairs."""
     loss = recipe.get("loss")
     kind = loss.get("kind") if isinstance(loss, Mapping) else None
-    return _at(_defaults(kind), re.sub(r"(?<=\.)\d+(?=\.|$)", "0", key))
+    source = re.sub(r"^data\.(eval\.)?sources\.\d+\.", "data.sources.0.", key)
+    return _at(_defaults(kind), source)
 
 
 @functools.cache

@@ -46,6 +46,14 @@ def test_a_further_source_differs_by_its_path_alone():
     assert between([one, two]) == [("data.sources.1.path", ["s3://bucket/more.jsonl", None])]
 
 
+def test_a_source_of_held_out_pairs_has_the_defaults_of_a_source():
+    sources = [{"path": "org/helpful-pairs"}, {"path": "s3://bucket/more.jsonl"}]
+    held_out = {"sources": [{"path": "org/test-pairs"}]}
+    one, two = recipe(), recipe(data={"sources": sources, "max_tokens": 2048, "eval": held_out})
+    assert [key for key, _ in between([one, two])] == ["data.eval.sources.0.path"]
+    assert "data.eval.sources.0.format" not in [key for key, _, _ in from_defaults(two)]
+
+
 def test_a_key_that_an_older_recipe_lacks_differs_only_from_other_values_than_the_default():
     old = recipe()
     del old["optim"]["eps"]
