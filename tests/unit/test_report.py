@@ -376,14 +376,16 @@ def test_kl_against_reward_has_a_point_for_each_evaluation():
 
 
 def test_before_and_after_come_from_the_evaluation():
-    held_out = evaluation()["held_out"]
-    rewards, margins = reward_panels_of(held_out)
-    after = held_out["rewards"]["after"]
+    rewards, margins = reward_panels_of(evaluation())
+    after = evaluation()["held_out"]["rewards"]["after"]
     share = np.mean(np.array(after["chosen"]) > np.array(after["rejected"]))
     assert f"before: 50.0%, after: {share:.1%}" in margins.caption, "before, every margin is a tie"
     axes = drawn(rewards)
     lines = [line for line in axes.lines if line.get_label() in ("chosen, before", "rejected, before")]
     assert [list(line.get_xdata()) for line in lines] == [[0, 0], [0, 0]], "all are one value: a line, no bars"
+    edges = {round(side, 6) for bar in axes.patches if isinstance(bar, Rectangle) for side in (bar.get_x(),)}
+    inner = np.quantile(after["chosen"] + after["rejected"], 0.005)
+    assert min(edges) == pytest.approx(inner, abs=1e-6), "the zeros before move no bin"
     bars = sum(patch.get_height() for patch in axes.patches if isinstance(patch, Rectangle))
     assert bars == 600, "no far reward is left out"
 
@@ -402,7 +404,16 @@ def test_a_run_alone_shows_its_first_and_its_best_margins(tmp_path: Path):
     "rewards", [None, {}, {"before": None, "after": None}, {"after": {"chosen": [], "rejected": []}}]
 )
 def test_an_evaluation_without_rewards_draws_none(rewards: Any):
-    assert reward_panels_of({"rewards": rewards}) == []
+    assert reward_panels_of({"held_out": {"rewards": rewards}}) == []
+
+
+def test_the_rewards_of_the_reference_itself_are_zero():
+    """An evaluation against the reference does not list them; of another model that was not scored nothing is known."""
+    tree = evaluation()
+    tree["held_out"]["rewards"]["before"] = None
+    assert "before" not in reward_panels_of(tree)[1].caption
+    tree["reference"] = tree["against"][0]["path"]
+    assert "before: 50.0%" in reward_panels_of(tree)[1].caption
 
 
 def test_a_step_that_a_resumed_run_repeats_counts_once_and_in_order():
