@@ -78,7 +78,7 @@ summary { cursor: pointer; color: var(--link); } .said summary { color: inherit;
   nav { display: none; }
   a, summary, .more { color: inherit; text-decoration: none; }
   h2, h3, h4, .about { break-after: avoid; }
-  figure, tr, .numbers div { break-inside: avoid; }
+  figure, table, tr, .numbers div, .example { break-inside: avoid; }
   thead { display: table-header-group; }
   .wide { overflow: visible; } .sheet img { min-width: 0; }
   table { width: auto; font-size: 8pt; overflow-wrap: break-word; } th, td { padding-right: .6rem; }
