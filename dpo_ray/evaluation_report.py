@@ -68,7 +68,7 @@ def write_evaluation_report(folder: str) -> list[str]:
 
 
 def _page(tree: Tree) -> str:
-    rewards = panels_side_by_side(reward_panels_of(tree.get("held_out") or {}))
+    rewards = panels_side_by_side(reward_panels_of(tree))
     parts = [section("Summary", *map(paragraph, evaluation_sentences(tree)), numbers(evaluation_numbers(tree)))]
     parts += [section(title, content) for title, content in _parts(tree)]
     parts += [section("Reward distributions", rewards)] if rewards else []
@@ -84,7 +84,7 @@ def evaluation_sections(tree: Tree) -> str:
 def evaluation_panels(tree: Tree) -> list[Panel]:
     """Every picture of an evaluation."""
     held_out = tree.get("held_out") or {}
-    return [*_win_rate_panels(tree), *_calibration_panels(held_out), *reward_panels_of(held_out)]
+    return [*_win_rate_panels(tree), *_calibration_panels(held_out), *reward_panels_of(tree)]
 
 
 def evaluation_sentences(tree: Tree) -> list[str]:
@@ -360,12 +360,15 @@ def _example(number: int, found: Tree) -> str:
 
 def _origin(tree: Tree) -> str:
     """What was evaluated, against what, with which versions."""
-    rows = [[name, redacted(text(tree[name]))] for name in ("model", "model_fingerprint") if name in tree]
+    rows = [
+        [name.replace("_", " "), redacted(text(tree[name]))] for name in ("model", "model_fingerprint") if name in tree
+    ]
     rows += [
         [f"against: {other['name']}", redacted(f"{other.get('path') or ''} {other.get('fingerprint') or ''}").strip()]
         for other in tree.get("against") or []
     ]
-    rows += [[name, redacted(text(tree[name]))] for name in ("reference", "data_fingerprint", "beta") if name in tree]
+    rest = ("reference", "data_fingerprint", "beta")
+    rows += [[name.replace("_", " "), redacted(text(tree[name]))] for name in rest if name in tree]
     rows += [["made", text(tree["created"])]] if tree.get("created") else []
     rows += [["time", duration(tree["seconds"])]] if tree.get("seconds") is not None else []
     return table([], [*rows, *([name, text(value)] for name, value in (tree.get("versions") or {}).items())])

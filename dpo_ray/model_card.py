@@ -92,7 +92,10 @@ def write_model_card(run_dir: str) -> str:
 def step_of(card: str) -> int | None:
     """The checkpoint that a card is of; None where it does not say."""
     front = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
-    found: int | None = ((yaml.safe_load(front[1]) or {}).get("dpo_ray") or {}).get("step") if front else None
+    try:
+        found: int | None = yaml.safe_load(front[1])["dpo_ray"]["step"] if front else None
+    except (yaml.YAMLError, KeyError, TypeError):  # of another maker, or changed by hand
+        return None
     return found
 
 

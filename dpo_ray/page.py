@@ -54,6 +54,7 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1.25rem .3rem 0; 
 th { font-weight: 600; color: var(--quiet); vertical-align: bottom; }
 figure { margin: 0; } figcaption { font-size: .85rem; margin-top: .25rem; max-width: 46rem; }
 img { display: block; max-width: 100%; height: auto; }
+.sheet img { min-width: 44rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem;
   margin: 1rem 0; }
 .panels figure { max-width: 30rem; }
@@ -77,9 +78,9 @@ summary { cursor: pointer; color: var(--link); } .said summary { color: inherit;
   nav { display: none; }
   a, summary, .more { color: inherit; text-decoration: none; }
   h2, h3, h4, .about { break-after: avoid; }
-  figure, tr, .numbers div { break-inside: avoid; }
+  figure, table, tr, .numbers div, .example { break-inside: avoid; }
   thead { display: table-header-group; }
-  .wide { overflow: visible; }
+  .wide { overflow: visible; } .sheet img { min-width: 0; }
   table { width: auto; font-size: 8pt; overflow-wrap: break-word; } th, td { padding-right: .6rem; }
   pre { white-space: pre-wrap; overflow: visible; overflow-wrap: anywhere; }
   .panels, .sides { grid-template-columns: 1fr 1fr; gap: 1rem; }
@@ -195,7 +196,7 @@ def _figure(panel: Panel) -> str:
     _drawn(figure.subplots(), panel)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144)
-    shown = image(buffer.getvalue(), f"{panel.title}. {panel.caption}")
+    shown = _image(buffer.getvalue(), f"{panel.title}. {panel.caption}")
     return f"<figure>{shown}<figcaption>{html.escape(panel.caption)}</figcaption></figure>\n"
 
 
@@ -206,7 +207,11 @@ def _drawn(axes: Axes, panel: Panel) -> None:
 
 
 def image(png: bytes, meaning: str) -> str:
-    """A picture inside the page."""
+    """A large picture inside the page; on a phone it scrolls in its own box, since its words would be too small."""
+    return f'<div class="wide sheet">{_image(png, meaning)}</div>'
+
+
+def _image(png: bytes, meaning: str) -> str:
     return f'<img alt="{html.escape(meaning)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 

@@ -1,5 +1,6 @@
 """What sets a recipe apart: from the defaults, and from other recipes. Pure: trees of plain values, no file."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,19 +19,24 @@ def from_defaults(recipe: Tree) -> list[tuple[str, Any, Any]]:
 
     Keys that a recipe must set have the default "required"; those that this version does not know have None.
     """
-    loss = recipe.get("loss")
-    kind = loss.get("kind") if isinstance(loss, Mapping) else None
-    defaults = _defaults(kind)
-    found = ((key, value, _at(defaults, key)) for key, value in flat(recipe).items())
+    found = ((key, value, _default(recipe, key)) for key, value in flat(recipe).items())
     return [(key, value, default) for key, value, default in found if value != default]
 
 
 def between(recipes: Sequence[Tree]) -> list[tuple[str, list[Any]]]:
-    """Dotted key, and its value in each recipe, for every key that is not the same in all; None where it is not set."""
+    """Dotted key, and its value in each recipe, for every key that is not the same in all; None where it is not set.
+
+    A key that some do not have and the others have at its default makes no difference.
+    """
     every = [flat(recipe) for recipe in recipes]
-    keys = dict.fromkeys(key for one in every for key in one)
-    rows = [(key, [one.get(key) for one in every]) for key in keys]
-    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+    rows = []
+    for key in dict.fromkeys(key for one in every for key in one):
+        values = [_at(recipe, key) for recipe in recipes]
+        told = [value for value, one in zip(values, every, strict=True) if key in one]
+        is_default = len(told) < len(recipes) and all(value == _default(recipes[0], key) for value in told)
+        if not is_default and any(value != values[0] for value in values):
+            rows.append((key, values))
+    return rows
 
 
 def flat(tree: Tree) -> dict[str, Any]:
@@ -46,19 +52,30 @@ def flat(tree: Tree) -> dict[str, Any]:
     return found
 
 
-def _defaults(kind: Any) -> dict[str, Any]:
-    """Of a recipe with this loss; of one with the default loss where this version does not know the kind."""
+def _default(recipe: Tree, key: str) -> Any:
+    """Of a recipe with the same loss; all sources have the same defaults, also those of held-out pairs."""
+    loss = recipe.get("loss")
+    kind = loss.get("kind") if isinstance(loss, Mapping) else None
+    source = re.sub(r"^data\.(eval\.)?sources\.\d+\.", "data.sources.0.", key)
+    return _at(_defaults(kind), source)
+
+
+@functools.cache
+def _defaults(kind: str | None) -> dict[str, Any]:
+    """With the options of this loss, but the default kind; those of the default loss where the kind is not known."""
+    plain = parse_run(REQUIRED).model_dump(mode="json")
     try:
-        return parse_run({**REQUIRED, "loss": {"kind": kind}} if kind else REQUIRED).model_dump(mode="json")
+        options = parse_run({**REQUIRED, "loss": {"kind": kind or plain["loss"]["kind"]}}).model_dump(mode="json")
     except InputError:
-        return parse_run(REQUIRED).model_dump(mode="json")
+        return plain
+    return {**options, "loss": {**options["loss"], "kind": plain["loss"]["kind"]}}
 
 
 def _at(tree: Any, key: str) -> Any:
-    """The value at a dotted key; every item of a list has the first one's defaults. None where there is none."""
+    """The value at a dotted key; None where there is none."""
     for part in key.split("."):
         if isinstance(tree, list):
-            tree = tree[0] if tree and re.fullmatch(r"\d+", part) else None
+            tree = tree[int(part)] if part.isdigit() and int(part) < len(tree) else None
         else:
             tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree

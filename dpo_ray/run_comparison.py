@@ -3,8 +3,8 @@
 It shows; it does not test. Which setting is better is asked of a study (`dpo-ray sweep`), which has seeds.
 """
 
-import os.path
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ Runs = Mapping[str, RunRecord]
 
 _COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, BROWN)
 _STYLES = ("-", "--", ":", "-.")
-_METRICS = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "kl", "entropy")
+_METRICS = ("loss", "rewards/margins", "logps/chosen", "kl")
 
 
 def write_comparison(folders: Sequence[str], output: str | None = None) -> list[str]:
@@ -67,8 +67,8 @@ def write_comparison(folders: Sequence[str], output: str | None = None) -> list[
 
 def _common_parent(paths: Sequence[str]) -> str:
     parents = [path.split("/")[:-1] for path in paths]
-    common = os.path.commonprefix(parents)  # of lists, item by item
-    if "".join(common) == "" or (":" in common[0] and len(common) < 3):
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*parents, strict=False))]
+    if not "".join(common) or (common[0].endswith(":") and len(common) < 3):  # "s3:", "", bucket
         raise InputError("no folder holds all of these runs: name one with --output")
     return "/".join(common)
 

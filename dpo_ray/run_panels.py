@@ -59,8 +59,7 @@ def _curves(lines: Sequence[Line], colours: Mapping[str, str], best_step: int | 
         for name, colour in colours.items():
             for prefix, look in _LOOK.items():
                 if found := series(lines, prefix + name):
-                    label = f"{name}, {_KIND[prefix]}"
-                    axes.plot([*found], [*found.values()], color=colour, label=label, **look)
+                    axes.plot([*found], [*found.values()], color=colour, label=f"{name}, {_KIND[prefix]}", **look)
         if "rewards/accuracies" in colours:
             axes.axhline(0.5, color=GREY, linewidth=0.8, linestyle="--")
             if band := _band(lines):
@@ -70,7 +69,7 @@ def _curves(lines: Sequence[Line], colours: Mapping[str, str], best_step: int | 
             axes.axvline(best_step, color=GREY, linestyle=":", linewidth=1)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=7, framealpha=0.6, edgecolor="none", ncols=2 if len(colours) > 1 else 1)
 
     return draw
 
@@ -84,21 +83,21 @@ def _band(lines: Sequence[Line]) -> dict[int, tuple[float, float]]:
 
 def reward_panels(run: RunRecord) -> list[Panel]:
     """Distributions before and after: by the evaluation, else the margins that the run kept at its evaluations."""
-    if panels := reward_panels_of((run.evaluation or {}).get("held_out") or {}):
+    if panels := reward_panels_of(run.evaluation or {}):
         return panels
     groups = {f"step {step}": margins for step, margins in run.margins.items() if margins}
     return [_margin_panel(groups)] if groups else []
 
 
-def reward_panels_of(held_out: Mapping[str, Any]) -> list[Panel]:
-    """Rewards and margins of the `held_out` part of an evaluation."""
-    rewards = {when: found for when, found in (held_out.get("rewards") or {}).items() if found and found["chosen"]}
+def reward_panels_of(evaluation: Mapping[str, Any]) -> list[Panel]:
+    """Rewards and margins of held-out pairs, by an evaluation."""
+    rewards = _rewards_of(evaluation)
     if "after" not in rewards:
         return []
     styles = {"before": ("--", 0.0), "after": ("-", 0.3)}
 
     def draw(axes: Axes) -> None:
-        edges = _edges([v for found in rewards.values() for side in ("chosen", "rejected") for v in found[side]])
+        edges = _edges([found[side] for found in rewards.values() for side in ("chosen", "rejected")])
         for when, found in rewards.items():
             for side, colour in (("chosen", GREEN), ("rejected", RED)):
                 line, filled = styles[when]
@@ -115,11 +114,22 @@ def reward_panels_of(held_out: Mapping[str, Any]) -> list[Panel]:
     return [Panel("Rewards", caption, draw), _margin_panel(margins)]
 
 
+def _rewards_of(evaluation: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """When -> side -> reward of each pair. An evaluation does not list those of the reference itself, which are 0."""
+    listed = (evaluation.get("held_out") or {}).get("rewards") or {}
+    found = {when: listed[when] for when in ("before", "after") if listed.get(when) and listed[when]["chosen"]}
+    others = evaluation.get("against") or []
+    if "before" not in found and "after" in found and others and others[0].get("path") == evaluation.get("reference"):
+        zeros = [0.0] * len(found["after"]["chosen"])
+        return {"before": {"chosen": zeros, "rejected": zeros}, **found}
+    return found
+
+
 def _margin_panel(groups: Mapping[str, Sequence[float]]) -> Panel:
     """Margins of held-out pairs, the first group dashed where there are two."""
 
     def draw(axes: Axes) -> None:
-        edges = _edges([value for values in groups.values() for value in values])
+        edges = _edges([*groups.values()])
         for i, (name, values) in enumerate(groups.items()):
             is_last = i == len(groups) - 1
             look: dict[str, Any] = {"line": "-", "filled": 0.3} if is_last else {"line": "--", "filled": 0.0}
@@ -135,10 +145,14 @@ def _margin_panel(groups: Mapping[str, Sequence[float]]) -> Panel:
     return Panel("Margins", caption, draw)
 
 
-def _edges(values: Sequence[float]) -> Any:
-    """Bins by Rice's rule over the inner 99 %: a few far values, which stand in the outer bins, squeeze nothing."""
+def _edges(groups: Sequence[Sequence[float]]) -> Any:
+    """Bins by Rice's rule over the inner 99 %: a few far values, which stand in the outer bins, squeeze nothing.
+
+    Groups that are one value are drawn as lines and have no say, unless all are.
+    """
+    values = np.concatenate([group for group in groups if np.ptp(group) >= _NO_SPREAD] or [*groups])
     low, high = np.quantile(values, [0.005, 0.995])
-    if high - low <= _NO_SPREAD:
+    if high - low < _NO_SPREAD:
         low, high = low - 1, high + 1
     return np.linspace(low, high, 2 + math.ceil(2 * len(values) ** (1 / 3)))
 
@@ -190,12 +204,13 @@ def _kl_curve(
         for step in steps:
             if step in band:
                 axes.plot([kl[step], kl[step]], band[step], color=BLUE, alpha=0.35, linewidth=1)
-        for step in {*steps[::every], steps[-1]}:
+        for step in dict.fromkeys([*steps[::every], steps[-1]]):
             axes.annotate(str(step), (kl[step], values[step]), (4, 4), textcoords="offset points", fontsize=8)
         if best_step is not None and best_step in values:
             axes.plot(kl[best_step], values[best_step], "*", color=RED, markersize=12, zorder=5, label="best")
             axes.legend(fontsize=8, frameon=False)
         axes.set(xlabel="KL to the reference (nats per token)", ylabel=name)
+        axes.locator_params(axis="x", nbins=6)
         axes.margins(0.1)
 
     return draw
