@@ -15,6 +15,7 @@ LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": [
         *("losses", "logps", "metrics", "stopping", "space", "comparisons", "curve_families", "curves", "trends"),
+        "shingles",
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
     ],
     "material": [
@@ -32,7 +33,7 @@ LAYERS = {
             "manifest",
         ),
         *("shards", "checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare", "job_env"),
-        *("page", "report", "study", "study_findings", "study_panels", "study_report", "acquire_report"),
+        *("page", "report", "study", "study_findings", "study_panels", "study_report", "acquire_report", "data_report"),
         *("acquisition.pool", "acquisition.answers"),
     ],
     "machinery": ["actor_pool", "engine", "engine_state", "reference", "generate"],
