@@ -1,8 +1,8 @@
 """Whether what is evaluated on was trained on: prompts that stand in the training pairs, exactly, nearly or within.
 
 Three tests, each for what the others miss: equality of the letters and digits; a Jaccard index of pieces of characters
-(`duplicates`), for edits; and a share of common word 8-grams, for prompts quoted inside something longer, as in Brown et
-al. 2020 (arXiv:2005.14165, appendix C), who take 13 words and any overlap. Pure.
+(`duplicates`), for edits; and a share of common word 8-grams, for prompts quoted inside something longer. Brown et al.
+2020 (arXiv:2005.14165, appendix C) take 13 words and any overlap. Pure.
 """
 
 import re
@@ -118,9 +118,7 @@ def _contained(evaluated: Sequence[str], texts: Sequence[_Text], on_progress: Ca
             for gram in word_shingles(words, size) & holders.keys():
                 holders[gram].append(number)
         on_progress(number + 1, len(texts))
-    telling = {
-        gram for gram, held_by in holders.items() if len({texts[n].prompt for n in held_by}) <= BOILERPLATE
-    }
+    telling = {gram for gram, held_by in holders.items() if len({texts[n].prompt for n in held_by}) <= BOILERPLATE}
     for i, own in enumerate(grams):
         kept = own & telling
         common = Counter(number for gram in kept for number in holders[gram])

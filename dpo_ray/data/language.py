@@ -26,14 +26,14 @@ SCRIPTS = {
 
 STOP_WORDS = {
     "en": "the and of to is that it for was with you this are have not what from they his which",
-    "de": "der die und das ist nicht ein eine ich sie mit den von auf für dem auch wie wird sind",
+    "de": "der die und das ist nicht ein eine ich sie mit den von auf zu dem auch wie wird sind",
     "fr": "le les et des est une que qui dans pour pas vous sur avec du ne ce au il elle",
-    "es": "el los y que es una las por con para del se como más pero su lo al muy está",
-    "it": "il di che è per una sono non con gli della nel anche come più questo ma si le lo",
-    "pt": "o os e que é uma não para com do da em por mais como mas se ao você são",
+    "es": "el los y que es una las por con para del se como pero su lo al muy fue cuando",
+    "it": "il di che per una sono non con gli della nel anche come questo ma si le lo dei sua",
+    "pt": "o os e que uma para com do da em por mais como mas se ao foi dos das pelo",
     "nl": "de het een van en is dat niet op te voor met zijn aan ook maar als naar wordt deze",
 }
-"""Twenty frequent words of each language; some are shared."""
+"""Twenty frequent words of each language, without accents; some are shared."""
 
 MOST_CHARACTERS = 2000
 LEAST_WORDS = 2
@@ -42,7 +42,9 @@ LEAST_WORDS = 2
 KANA_SHARE = 0.1
 """Japanese mixes kana with more han."""
 
-_STARTS, _ENDS, _NAMES = zip(*sorted((first, last, name) for name, r in SCRIPTS.items() for first, last in r), strict=True)
+_STARTS, _ENDS, _NAMES = zip(
+    *sorted((first, last, name) for name, r in SCRIPTS.items() for first, last in r), strict=True
+)
 _WORDS = {language: frozenset(words.split()) for language, words in STOP_WORDS.items()}
 
 

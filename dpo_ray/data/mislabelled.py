@@ -1,8 +1,8 @@
 """Pairs whose label is probably wrong, by the margins of a preference model that was fitted on other prompts.
 
 The model is Bradley and Terry's on hashed words and characters and on lengths: it knows what good answers look like on
-the surface, and no more. Where it cannot tell chosen from rejected, neither can it tell a wrong label; its accuracy says
-which. Margins of any better model go through `judge` as well. Pure: numpy and scipy.
+the surface, and no more. Where it cannot tell chosen from rejected, neither can it tell a wrong label; its accuracy
+says which. Margins of any better model go through `judge` as well. Pure: numpy and scipy.
 """
 
 import re
@@ -84,7 +84,9 @@ def _temper(margins: Floats) -> float:
     spread = float(np.abs(margins).max(initial=0.0))
     if spread == 0:
         return 0.0
-    found = minimize_scalar(lambda factor: -log_expit(factor * margins).mean(), bounds=(0, 100 / spread), method="bounded")
+    found = minimize_scalar(
+        lambda factor: -log_expit(factor * margins).mean(), bounds=(0, 100 / spread), method="bounded"
+    )
     return float(found.x)
 
 
