@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from dpo_ray.config import RunConfig, SourceConfig
 from dpo_ray.data.encode import PairEncoder
+from dpo_ray.data.mislabelled import LEAST_ACCURACY
 from dpo_ray.data.quality import Progress, Quality, findings, inspect
 from dpo_ray.models import end_token_ids, load_tokenizer, policy_source
 from dpo_ray.page import BLUE, GREEN, GREY, RED, document, image, paragraph, picture, table, text, with_interval
@@ -176,8 +177,9 @@ def _mislabelled(tree: Mapping[str, Any]) -> str:
         return paragraph("Not measured: all pairs share one prompt or group.")
     note = paragraph(
         "A model of words, characters and lengths, fitted on other prompts, agrees with so many labels of a source. A "
-        "label is suspicious where another one would say the opposite with a probability of at least the threshold. All "
-        f"are in {SUSPICIOUS_FILE}. The nearer the accuracy is to one half, the less this means."
+        "label is suspicious where another one would say the opposite with a probability of at least the threshold. "
+        f"All are in {SUSPICIOUS_FILE}. A source whose accuracy is not surely above {LEAST_ACCURACY} has none: what "
+        "makes its responses good is not on the surface."
     )
     rows = [
         [part["source"], *(text(part[name]) for name in ("pairs", "suspicious", "threshold")), _interval(part)]

@@ -29,7 +29,7 @@ STOP_WORDS = {
     "de": "der die und das ist nicht ein eine ich sie mit den von auf zu dem auch wie wird sind",
     "fr": "le les et des est une que qui dans pour pas vous sur avec du ne ce au il elle",
     "es": "el los y que es una las por con para del se como pero su lo al muy fue cuando",
-    "it": "il di che per una sono non con gli della nel anche come questo ma si le lo dei sua",
+    "it": "il di che per una sono non con gli della nel anche cui questo ma si le lo dei sua",
     "pt": "o os e que uma para com do da em por mais como mas se ao foi dos das pelo",
     "nl": "de het een van en is dat niet op te voor met zijn aan ook maar als naar wordt deze",
 }

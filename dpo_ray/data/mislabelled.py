@@ -27,6 +27,9 @@ MOST_FITTED = 20_000
 MOST_CHARACTERS = 4000
 """Of a response, from its beginning, that are looked at."""
 
+LEAST_ACCURACY = 0.6
+"""Margins must surely agree with more labels than this; below it, a third of all labels would look suspicious."""
+
 RIDGE = 1.0
 """Half the squared weights count so much beside the summed log-likelihood."""
 
@@ -66,8 +69,8 @@ def judge(margins: Floats) -> Judged:
 
     A label is suspicious when the model gives the opposite one at least the mean probability that it gives to labels
     that were given. Which response comes first is arbitrary, so the two classes of a comparison have one threshold. The
-    margins are calibrated by one factor, of largest likelihood: temperature scaling (Guo et al. 2017). Margins that are
-    no better than chance make no label suspicious.
+    margins are calibrated by one factor, of largest likelihood: temperature scaling (Guo et al. 2017). Margins of too
+    low an accuracy make no label suspicious.
 
     Args:
         margins: [N], out of sample; in any unit, such as implicit rewards.
@@ -76,7 +79,7 @@ def judge(margins: Floats) -> Judged:
     threshold = float(given.mean())
     accuracy = float((np.sign(margins) + 1).mean() / 2)
     low, high = wilson_interval(accuracy, len(margins))
-    is_suspicious = (1 - given >= threshold) & (margins < 0) & (low > 0.5)
+    is_suspicious = (1 - given >= threshold) & (margins < 0) & (low > LEAST_ACCURACY)
     return Judged(margins, 1 - given, is_suspicious, threshold, accuracy, low, high)
 
 

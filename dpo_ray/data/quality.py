@@ -17,7 +17,7 @@ from dpo_ray.data.duplicates import Link, TextPair, links
 from dpo_ray.data.encode import PairEncoder
 from dpo_ray.data.formats import RowError, to_pairs
 from dpo_ray.data.language import language_of
-from dpo_ray.data.mislabelled import Judged, cross_fitted_margins, judge
+from dpo_ray.data.mislabelled import LEAST_ACCURACY, Judged, cross_fitted_margins, judge
 from dpo_ray.data.mixture import Pool, load_pool
 from dpo_ray.data.sources import Row, read_rows
 from dpo_ray.data.turns import to_turns
@@ -409,9 +409,6 @@ def cut(text: str) -> str:
     return text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
 
 
-WEAK = 0.65
-"""With margins that agree with fewer labels, hardly more of the suspicious pairs are wrong than of all."""
-
 LENGTH_TOLD = 0.6
 """A length rule that agrees with more labels than this is worth a look."""
 
@@ -464,9 +461,10 @@ def _label_findings(tree: Mapping[str, Any]) -> Iterable[dict[str, str]]:
     if told is None:
         yield _finding("mislabelled", "not measured: all pairs share one prompt or group", "nothing")
         return
+    untold = [part["source"] for part in told["by_source"] if part["low"] <= LEAST_ACCURACY]
     advice = "look at suspicious.jsonl from the top" if told["suspicious"] else "nothing"
-    if told["suspicious"] and told["accuracy"] < WEAK:
-        advice = "look at the first ones only: the surface of these texts tells little"
+    if untold:
+        advice += f"; {len(untold)} of {len(told['by_source'])} sources cannot be told by the surface of their texts"
     yield _finding(
         "mislabelled",
         f"{told['suspicious']} suspicious; margins agree with {_percent(told, 'accuracy')} of labels",
