@@ -109,16 +109,17 @@ def _near(evaluated: Sequence[str], prompts: Sequence[_Text]) -> _Finds:
 
 
 def _contained(evaluated: Sequence[str], texts: Sequence[_Text], on_progress: Callable[[int, int], None]) -> _Finds:
-    grams = [_grams(_words(prompt)) for prompt in evaluated]
-    sizes = sorted({len(gram.split()) for own in grams for gram in own})
+    words = [_words(prompt) for prompt in evaluated]
+    grams = [word_shingles(text, _size(text)) if _size(text) else set() for text in words]
+    sizes = sorted({_size(text) for text in words} - {0})
     holders: dict[str, list[int]] = {gram: [] for own in grams for gram in own}
     for number, text in enumerate(texts):
-        words = _words(text.content)
+        content = _words(text.content)
         for size in sizes:
-            for gram in word_shingles(words, size) & holders.keys():
+            for gram in word_shingles(content, size) & holders.keys():
                 holders[gram].append(number)
         on_progress(number + 1, len(texts))
-    telling = {gram for gram, held_by in holders.items() if len({texts[n].prompt for n in held_by}) <= BOILERPLATE}
+    telling = {gram for gram, held_by in holders.items() if _num_prompts(held_by, texts) <= BOILERPLATE}
     for i, own in enumerate(grams):
         kept = own & telling
         common = Counter(number for gram in kept for number in holders[gram])
@@ -127,6 +128,12 @@ def _contained(evaluated: Sequence[str], texts: Sequence[_Text], on_progress: Ca
                 yield i, number, "contained", count / len(kept)
 
 
-def _grams(words: str) -> set[str]:
+def _size(words: str) -> int:
+    """Words of the n-grams of a prompt; 0 for one that is too short to be looked for."""
     num_words = len(words.split())
-    return set() if num_words < LEAST_WORDS else word_shingles(words, min(NUM_WORDS, num_words))
+    return 0 if num_words < LEAST_WORDS else min(NUM_WORDS, num_words)
+
+
+def _num_prompts(held_by: Sequence[int], texts: Sequence[_Text]) -> int:
+    """Training prompts among the holders of an n-gram; texts of one prompt may well repeat each other."""
+    return len(held_by) if len(held_by) <= BOILERPLATE else len({texts[number].prompt for number in held_by})

@@ -104,7 +104,7 @@ def cross_fitted_margins(
     fold = folds_of(groups)
     num_folds = int(fold.max()) + 1
     assert num_folds > 1, "one group has no other to learn from"
-    total = num_folds + len(pairs)
+    total = num_folds + max(0, len(pairs) - MOST_FITTED)
     sample = np.linspace(0, len(pairs) - 1, min(len(pairs), MOST_FITTED)).astype(np.int64)
     scale = _length_scale(pairs)
     features = _differences([pairs[i] for i in sample], scale)
@@ -115,12 +115,20 @@ def cross_fitted_margins(
         weights[used, number] = fit(features[fold[sample] != number])
         on_progress(number + 1, total)
     margins = np.empty(len(pairs))
-    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-        block = slice(start, start + _PAIRS_AT_ONCE)
-        all_models = _differences(pairs[block], scale) @ weights
-        margins[block] = np.take_along_axis(all_models, fold[block, None], axis=1)[:, 0]
-        on_progress(num_folds + min(len(pairs), block.stop), total)
+    margins[sample] = _of_fold(features @ weights[used], fold[sample])
+    rest = np.setdiff1d(np.arange(len(pairs)), sample)
+    for start in range(0, len(rest), _PAIRS_AT_ONCE):
+        places = rest[start : start + _PAIRS_AT_ONCE]
+        block = _differences([pairs[i] for i in places], scale)
+        margins[places] = _of_fold(block @ weights, fold[places])
+        on_progress(num_folds + start, total)
+    on_progress(total, total)
     return margins
+
+
+def _of_fold(margins: Floats, fold: NDArray[np.int64]) -> Floats:
+    """[M], of margins [M, folds] those by the model that has not seen the fold."""
+    return np.asarray(np.take_along_axis(margins, fold[:, None], axis=1)[:, 0])
 
 
 def folds_of(groups: Sequence[str], num_folds: int = FOLDS) -> NDArray[np.int64]:

@@ -24,7 +24,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_ray.config import SourceConfig
 from dpo_ray.data.duplicates import (
     NUM_HASHES,
     THRESHOLD,
@@ -36,17 +35,8 @@ from dpo_ray.data.duplicates import (
     piece_hashes,
     signatures,
 )
-from dpo_ray.data.formats import to_pairs
-from dpo_ray.data.quality import text_of
-from dpo_ray.data.sources import read_rows
 from dpo_ray.shingles import normalised, word_shingles
-
-WORDS = ["".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=7)) for i in range(400)]
-
-
-def real(shared: Path, name: str) -> list[TextPair]:
-    source = SourceConfig(path=str(shared / f"data/{name}.jsonl.gz"))
-    return [text_of(pair) for row in read_rows(source) for pair in to_pairs(row, source).pairs]
+from tests.unit.planted import EDITS, WORDS, real
 
 
 @lru_cache
@@ -221,13 +211,6 @@ def test_texts_of_two_lists_are_compared_across_and_not_within():
 # Planted in real data
 
 SENTENCE = "That is what I think about it."
-EDITS: dict[str, Callable[[random.Random, str], str]] = {
-    "white space": lambda rng, text: "".join(rng.choice((" ", "  ", "\n")) if c == " " else c for c in text) + "\n",
-    "case": lambda rng, text: text.upper(),
-    "word": lambda rng, text: _one_word(rng, text),
-    "sentence": lambda rng, text: f"{text} {SENTENCE}",
-}
-
 # Data set -> how many of 60 planted pairs are found at least, edit by edit.
 FOUND = {
     "ukp_convarg/pairs": (60, 60, 57, 46),
@@ -236,12 +219,6 @@ FOUND = {
     "tldr_judged/pairs": (60, 60, 58, 58),
     "truthfulqa/pairs": (60, 60, 0, 0),
 }
-
-
-def _one_word(rng: random.Random, text: str) -> str:
-    words = text.split(" ")
-    words[rng.randrange(len(words))] = rng.choice(WORDS)
-    return " ".join(words)
 
 
 @pytest.mark.parametrize("name", FOUND)
