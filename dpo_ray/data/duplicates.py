@@ -73,9 +73,8 @@ def links(
 ) -> list[Link]:
     """Duplicates and contradictions among pairs, by place.
 
-    Each pair that repeats one is linked to the first of its kind; those that contradict it as well, so that a group of
-    k equal pairs, in whatever order of responses, has k - 1 links `same`. Near ones are linked among the first of each
-    kind. Pairs whose two responses are the same contradict nothing.
+    A group of k pairs alike, in whatever order of responses, has k - 1 links: equal ones to the first of their kind, and
+    those first ones, where they are near, to one another. Pairs whose two responses are the same contradict nothing.
 
     Args:
         threshold: Least Jaccard index of a near pair, in (0, 1]: of the prompts, and of the responses either way.
@@ -107,18 +106,41 @@ def _near_pairs(pairs: Sequence[TextPair], threshold: float, on_progress: Progre
     of_prompts = signatures(prompts, lambda done: on_progress(done, total))
     of_answers = signatures(answers, lambda done: on_progress(len(pairs) + done, total))
     pieces = lru_cache(maxsize=4096)(piece_hashes)
+    groups = _Groups(len(pairs))
     for i, j in _alike(_band_keys(of_prompts, of_answers), [of_prompts, of_answers], threshold):
-        one, other = pairs[i], pairs[j]
-        same_prompt = _jaccard(pieces(one.prompt), pieces(other.prompt))
-        if same_prompt < threshold:
-            continue
-        straight, crossed = (
-            min(_jaccard(pieces(one.chosen), pieces(a)), _jaccard(pieces(one.rejected), pieces(b)))
-            for a, b in ((other.chosen, other.rejected), (other.rejected, other.chosen))
-        )
-        similarity = min(same_prompt, max(straight, crossed))
+        if groups.are_joined(i, j):
+            continue  # a crowd of m texts alike is measured m times, not m squared times
+        similarity, is_opposite = _likeness(pairs[i], pairs[j], pieces)
         if similarity >= threshold:
-            yield Link(i, j, "near", crossed > straight, similarity)
+            groups.join(i, j)
+            yield Link(i, j, "near", is_opposite, similarity)
+
+
+def _likeness(one: TextPair, other: TextPair, pieces: Callable[[str], Hashes]) -> tuple[float, bool]:
+    """The least index of prompt and responses, paired the better way; and whether that is crosswise."""
+    prompt, straight, crossed = (
+        min(_jaccard(pieces(a), pieces(b)) for a, b in zip(left, right, strict=True))
+        for left, right in ((one[:1], other[:1]), (one[1:], other[1:]), (one[1:], (other.rejected, other.chosen)))
+    )
+    return min(prompt, max(straight, crossed)), crossed > straight
+
+
+class _Groups:
+    """Which of N things are linked with one another (union-find)."""
+
+    def __init__(self, num: int) -> None:
+        self._above = list(range(num))
+
+    def are_joined(self, i: int, j: int) -> bool:
+        return self._root(i) == self._root(j)
+
+    def join(self, i: int, j: int) -> None:
+        self._above[self._root(j)] = self._root(i)
+
+    def _root(self, i: int) -> int:
+        while self._above[i] != i:
+            self._above[i] = i = self._above[self._above[i]]
+        return i
 
 
 def near_texts(
