@@ -92,6 +92,27 @@ def train_here(run: RunConfig, *, resume: bool, address: str | None) -> dict[str
 
 @app.command()
 @explained
+def data(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="Prompts, or pairs, that will be evaluated on: any source of data.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder; default: NAME-data in the recipe's storage.")] = None,
+    tokens: Annotated[bool, typer.Option(help="Count tokens; without, no model is needed.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look into the data of a recipe: duplicates, contradictions, contamination, length bias, suspicious labels."""
+    from dpo_ray.data_report import report_data
+
+    run = load_run(recipe, dict(map(parse_override, overrides or [])))
+    with result_stream(as_json) as emit, Live() as display:
+        tree = report_data(run, against=against or (), output=output, with_tokens=tokens, on_progress=display.progress)
+        emit(tree, show_data)
+
+
+@app.command()
+@explained
 def sweep(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -795,6 +816,18 @@ def flat_shares(values: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in values.items()
     }
+
+
+def show_data(tree: Mapping[str, Any]) -> None:
+    """What was found and what to do, and where it stands in full."""
+    pairs = tree["pairs"]
+    table = Table(title=f"{pairs['train']} training and {pairs['held_out']} held-out pairs of {pairs['rows']} rows")
+    for heading in ("what", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in tree["findings"]:
+        table.add_row(*map(Text, (finding["what"], finding["found"], finding["advice"])))
+    Console().print(table)
+    console.print(f"report: {tree['folder']}/quality.html", highlight=False, soft_wrap=True)
 
 
 def show_findings(found: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 from dpo_ray.acquisition import scores
 from dpo_ray.acquisition.scores import STRATEGIES, Ask, Features, Floats, Mask, Scores, distances
 from dpo_ray.errors import InputError
+from dpo_ray.shingles import word_shingles
 
 
 class Choice(NamedTuple):
@@ -339,21 +340,15 @@ class _Jaccard:
         self._held_by: dict[str, list[int]] = {}
 
     def admits(self, row: int) -> bool:
-        mine = _triples(self._texts[row])
+        mine = word_shingles(self._texts[row], 3)
         common = Counter(other for triple in mine for other in self._held_by.get(triple, ()))
         return all(n < self._most * (len(mine) + self._sizes[other] - n) for other, n in common.items())
 
     def take(self, row: int) -> None:
-        mine = _triples(self._texts[row])
+        mine = word_shingles(self._texts[row], 3)
         for triple in mine:
             self._held_by.setdefault(triple, []).append(len(self._sizes))
         self._sizes.append(len(mine))
-
-
-def _triples(text: str) -> set[str]:
-    """Each three words in a row, whatever their case and spacing; a shorter text is one piece."""
-    words = str(text).casefold().split()
-    return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 class _Run:

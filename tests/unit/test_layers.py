@@ -15,6 +15,7 @@ LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": [
         *("losses", "logps", "metrics", "stopping", "space", "comparisons", "curve_families", "curves", "trends"),
+        "shingles",
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
         *("evaluate.win_rates", "evaluate.calibration", "evaluate.drift", "evaluate.exports"),
     ],
@@ -34,7 +35,7 @@ LAYERS = {
         ),
         *("shards", "checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare", "job_env"),
         *("page", "run_record", "run_panels", "recipe_diff", "evaluation_report", "model_card", "report"),
-        *("run_comparison", "study", "study_findings", "study_panels", "study_report", "acquire_report"),
+        *("run_comparison", "study", "study_findings", "study_panels", "study_report", "acquire_report", "data_report"),
         *("acquisition.pool", "acquisition.answers"),
     ],
     "machinery": ["actor_pool", "engine", "engine_state", "reference", "generate"],
