@@ -584,9 +584,9 @@ class Live:
             console.print(f"{text} {done}/{total}", highlight=False)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        told = line.get("alarm") or line.get("event")
+        told = told_of_anomaly(line["anomaly"]) if "anomaly" in line else line.get("event")
         if told:
-            console.print(f"step {line['step']}: {told}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            say(f"step {line['step']}: {told}", style="yellow")
             return
         told = brief(line)
         if self._is_terminal and "eval/loss" not in line:
@@ -703,6 +703,10 @@ def brief(line: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def told_of_anomaly(anomaly: Mapping[str, Any]) -> str:
+    return f"{anomaly['name']}: {anomaly['evidence']}; try: {anomaly['advice']}"
+
+
 def show_summary(summary: Mapping[str, Any]) -> None:
     """Best and last evaluation side by side, and where everything is."""
     table = Table(title=f"{summary['status']}" + (f": {summary['stop_reason']}" if summary["stop_reason"] else ""))
@@ -718,8 +722,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         + (f", {rate:.1f} pairs/s" if rate else "")
         + "; reference: {computed} computed, {from_store} from the store".format(**summary["reference"])
     )
-    for alarm in summary["alarms"]:
-        console.print(alarm, style="yellow")
+    for anomaly in summary["anomalies"]:
+        say(f"step {anomaly['step']}: {told_of_anomaly(anomaly)}", style="yellow")
     console.print(f"model: {summary['model_path']}", highlight=False, soft_wrap=True)
 
 

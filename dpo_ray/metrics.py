@@ -30,7 +30,9 @@ METRICS: dict[str, Metric] = {
     "rewards/margins": Metric("max", "pair", "nats", "chosen less rejected reward"),
     "rewards/accuracies": Metric("max", "pair", "share", "pairs whose chosen reward is the higher; a tie counts half"),
     "rewards/accuracies_longer": Metric("max", "longer", "share", "the same of pairs whose chosen response is longer"),
-    "rewards/accuracies_shorter": Metric("max", "shorter", "share", "the same of pairs whose chosen response is shorter"),
+    "rewards/accuracies_shorter": Metric(
+        "max", "shorter", "share", "the same of pairs whose chosen response is shorter"
+    ),
     "logps/chosen": Metric("max", "pair", "nats", "summed log-prob of the chosen response"),
     "logps/rejected": Metric("min", "pair", "nats", "summed log-prob of the rejected response"),
     "entropy": Metric("max", "token", "nats", "entropy of the next-token distribution at response tokens"),

@@ -69,6 +69,10 @@ class Tracker(Protocol):
         """Take the metrics of a step; they are sent together with others."""
         ...
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; they go with the next metrics."""
+        ...
+
     def log_file(self, source: Path | str, name: str) -> None:
         """Keep a text file with the run: the file at a `Path`, or the text itself."""
         ...
@@ -96,6 +100,9 @@ class NoTracker:
         return None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def tag(self, tags: Mapping[str, str]) -> None:
         pass
 
     def log_file(self, source: Path | str, name: str) -> None:
@@ -127,6 +134,7 @@ class MlflowTracker:
         self._send_every_s, self._retry_every_s = send_every_s, retry_every_s
         self._run_id = ""
         self._metrics: list[Any] = []
+        self._tags: dict[str, str] = {}
         self._files: dict[str, str] = {}
         self._next_send = 0.0
         self._has_warned = False
@@ -135,7 +143,7 @@ class MlflowTracker:
     def start(
         self, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, resume: str | None = None
     ) -> str | None:
-        labels = {key: _cut(redacted(str(value)), MAX_TAG_VAL_LENGTH) for key, value in (tags or {}).items()}
+        labels = _labels(tags or {})
         try:
             if resume is not None and self._has_run(resume):
                 self._run_id = resume
@@ -154,6 +162,9 @@ class MlflowTracker:
         self._metrics += [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
         if time.monotonic() >= self._next_send:
             self._send()
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._tags |= _labels(tags)
 
     def log_file(self, source: Path | str, name: str) -> None:
         self._files[name] = redacted(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
@@ -228,6 +239,9 @@ class MlflowTracker:
             while self._metrics:
                 self._client.log_batch(self._run_id, metrics=self._metrics[:MAX_METRICS_PER_BATCH])
                 del self._metrics[:MAX_METRICS_PER_BATCH]
+            if self._tags:
+                self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in self._tags.items()])
+                self._tags = {}
             for name in list(self._files):
                 self._client.log_text(self._run_id, self._files[name], name)
                 del self._files[name]
@@ -331,6 +345,11 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _flat(item, f"{key}.{index}")
     else:
         yield key, value if isinstance(value, str) else json.dumps(value)
+
+
+def _labels(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as a store takes them."""
+    return {key: _cut(redacted(str(value)), MAX_TAG_VAL_LENGTH) for key, value in tags.items()}
 
 
 def _cut(value: str, limit: int) -> str:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": [
-        *("losses", "logps", "metrics", "stopping", "space", "comparisons", "curve_families", "curves", "trends"),
+        *("losses", "logps", "metrics", "stopping", "space", "anomalies"),
+        *("comparisons", "curve_families", "curves", "trends"),
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
     ],
     "material": [
