@@ -407,6 +407,38 @@ def export(
 
 @app.command()
 @explained
+def promote(
+    name: Annotated[str, typer.Argument(help="A registered model.")],
+    version: Annotated[int | None, typer.Option(help="Which version; default: the challenger.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Recorded comparison; default: evaluation/evaluation.json of the version's run.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote whatever the comparison says; needs --reason.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="Why it is forced; it is written down.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the versions; promote nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a registered model's challenger its champion, if a recorded comparison shows that it wins."""
+    from dpo_ray.promote import listing
+    from dpo_ray.promote import promote as promote_version
+    from dpo_ray.tracking import ModelRegistry
+
+    if force != bool(reason):
+        raise InputError("--force and --reason TEXT go together")
+    registry = ModelRegistry(name)
+    with result_stream(as_json) as emit:
+        if show:
+            emit(listing(registry), lambda versions: show_versions(name, versions))
+            return
+        number = None if version is None else str(version)
+        promoted = promote_version(registry, number=number, evaluation=evaluation, reason=reason)
+        emit(promoted, lambda values: show_metrics(f"models:/{name}@champion", values))
+
+
+@app.command()
+@explained
 def report(run_dir: Annotated[str, typer.Argument(help="A folder of a run, a study or an acquisition.")]) -> None:
     """Write report.html and report.png from what a run, a study or an acquisition wrote."""
     from dpo_ray.acquire_report import write_acquire_report
@@ -739,6 +771,20 @@ def show_metrics(title: str, values: Mapping[str, Any]) -> None:
     table.add_column("value", justify="right")
     for name, value in values.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def show_versions(name: str, versions: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title=name)
+    for heading in ("version", "aliases", "win rate", "data", "labels"):
+        table.add_column(heading, overflow="fold")
+    for one in versions:
+        rate = ""
+        if one["win_rate"] is not None:
+            rate = "{:.1%} ({:.1%} to {:.1%})".format(*(float(one[key]) for key in ("win_rate", "low", "high")))
+        rate += " forced" if one["forced"] == "true" else ""
+        cells = (", ".join(one["aliases"]), rate, one["data_fingerprint"] or "", one["labels"] or "")
+        table.add_row(one["version"], *map(Text, cells))
     Console().print(table)
 
 

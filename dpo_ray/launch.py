@@ -23,6 +23,7 @@ from dpo_ray.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from dpo_ray.config import RECIPE_FILE, RunConfig
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.lease import Lease
+from dpo_ray.lineage import lineage
 from dpo_ray.losses import loss_function
 from dpo_ray.manifest import Manifest
 from dpo_ray.metrics import METRICS
@@ -420,7 +421,7 @@ class Follower:
     ) -> None:
         from dpo_ray.tracking import open_tracker, recipe_params
 
-        self._folder, self._display, self._run = folder, display, run
+        self._folder, self._display, self._run, self._tags = folder, display, run, tags
         self._tracker = open_tracker(run)
         resumed = (before or {}).get("mlflow_run_id")
         own = {"dpo_ray.version": version("dpo-ray"), "dpo_ray.folder": folder.path}
@@ -477,7 +478,8 @@ class Follower:
         self._tracker.finish(summary["status"])
         self._is_closed = True
         if self._run.tracking.register_as and summary["model_path"]:
-            self._tracker.register(summary["model_path"], self._run.tracking.register_as)
+            made_from = lineage(self._run, self._folder.path, summary["model_path"], summary, self._tags)
+            self._tracker.register(summary["model_path"], self._run.tracking.register_as, made_from)
 
     def leave(self) -> None:
         """Touch the tracked run no more: it is another attempt's."""

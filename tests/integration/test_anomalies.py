@@ -56,13 +56,13 @@ def letters(rng: random.Random, most: int) -> str:
 
 
 def rule(rng: random.Random) -> tuple[str, str]:
-    """Learnt in a few steps; both responses have the same length, and little in common that could sink or rise."""
-    mark = rng.choice(".!?")
-    return f" yes{mark}", f" nay{mark}"
+    """Learnt in a few steps; both responses have the same length."""
+    tail = "".join(rng.choices("abcdefgh", k=4))
+    return f" yes {tail}", f" nay {tail}"
 
 
 RULE, RULE_HELD_OUT = rows("rule", range(1200), rule), rows("rule", range(2000, 2000 + NUM_HELD_OUT), rule)
-EXCEPTIONS = turned(rows("odd", range(400), rule))
+EXCEPTIONS = turned(rows("odd", range(250), rule))
 """The rule the other way round, as their prompts tell to whom reads them."""
 BY_THE_RULE = rows("odd", range(2000, 2000 + NUM_HELD_OUT), rule)
 """What the exceptions contradict."""
@@ -149,7 +149,7 @@ def test_exceptions_that_undo_the_rule_at_a_rate_that_grows_to_the_end(
         BY_THE_RULE,
         data__num_pairs=None,
         eval__every_steps=10,
-        optim__learning_rate=0.03,
+        optim__learning_rate=0.027,
         optim__warmup_ratio=0.95,
         tracking={"kind": "mlflow", "uri": uri},
     )

@@ -32,7 +32,7 @@ LAYERS = {
             "models",
             "manifest",
         ),
-        *("shards", "checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare", "job_env"),
+        *("shards", "checkpoint", "tracking", "lineage", "recipe_reference", "device", "memory", "prepare", "job_env"),
         *("page", "report", "study", "study_findings", "study_panels", "study_report", "acquire_report"),
         *("acquisition.pool", "acquisition.answers"),
     ],
@@ -41,7 +41,18 @@ LAYERS = {
         *("train", "uploads", "evaluate", "acquisition.samples", "acquisition.features", "acquisition.oracles"),
         *("acquisition.judge", "acquisition.chat", "acquisition.label_queue"),
     ],
-    "launch": ["launch", "supervise", "sweep", "acquisition.rounds", "acquire", "score", "shipping", "submit", "jobs"],
+    "launch": [
+        "launch",
+        "promote",
+        "supervise",
+        "sweep",
+        "acquisition.rounds",
+        "acquire",
+        "score",
+        "shipping",
+        "submit",
+        "jobs",
+    ],
     "surface": ["terminal", "cli", "cli_jobs", "demo", "doctor", "cluster_facts", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
