@@ -100,15 +100,12 @@ def promote(
     verdict = decide(_read(version, evaluation), version, champion)
     if verdict.refusal is not None and reason is None:
         raise InputError(f"version {version.number} of {registry.name} stays as it is: {verdict.refusal}")
-    tags = {
-        "promoted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **{name: value for name, value in verdict.evidence.items() if value is not None},
-        "forced": str(reason is not None).lower(),
-        **({} if reason is None else {"reason": reason}),
-    }
+    why = {**dict.fromkeys(EVIDENCE), **verdict.evidence, "forced": str(reason is not None).lower(), "reason": reason}
+    why["promoted_at"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     former = None if champion is None else champion.number
-    registry.promote(version.number, former, {name: str(value) for name, value in tags.items()})
-    return {"name": registry.name, "version": version.number, "former": former, **tags}
+    # Those without a value are emptied: a version may have been promoted before, by other evidence.
+    registry.promote(version.number, former, {name: "" if value is None else str(value) for name, value in why.items()})
+    return {"name": registry.name, "version": version.number, "former": former, **why}
 
 
 def listing(registry: ModelRegistry) -> list[dict[str, Any]]:
@@ -118,7 +115,7 @@ def listing(registry: ModelRegistry) -> list[dict[str, Any]]:
         {
             "version": version.number,
             "aliases": sorted(version.aliases),
-            **{name: version.tags.get(name) for name in kept},
+            **{name: version.tags.get(name) or None for name in kept},
         }
         for version in registry.versions()
     ]
