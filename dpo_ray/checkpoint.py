@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_ray import manifest
+from dpo_ray.anomalies import Anomaly
 from dpo_ray.errors import InputError
 from dpo_ray.manifest import Manifest
 from dpo_ray.stopping import Evaluation
@@ -55,9 +57,11 @@ class TrainState:
     """Operations that the model could not do without; 0 where nobody asks for the utilisation."""
     since_log: dict[str, float] = dataclasses.field(default_factory=dict)
     """Sums of the steps since the last training line."""
+    grad_norm_max: float = 0.0
+    """Largest gradient norm since the last training line."""
     evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
     train_lines: list[Evaluation] = dataclasses.field(default_factory=list)
-    alarms: list[str] = dataclasses.field(default_factory=list)
+    anomalies: list[Anomaly] = dataclasses.field(default_factory=list)
     stop_reason: str | None = None
 
     def add_step(self, sums: dict[str, float], seconds: float) -> None:
@@ -70,6 +74,11 @@ class TrainState:
         self.flops += sums["flops"]
         self.since_log = {name: self.since_log.get(name, 0.0) + value for name, value in sums.items()}
 
+    def add_norm(self, grad_norm: float) -> None:
+        """Count a step's gradient norm; one that is not finite belongs to a step that fp16's loss scaler skipped."""
+        if math.isfinite(grad_norm):
+            self.grad_norm_max = max(self.grad_norm_max, grad_norm)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
@@ -78,6 +87,7 @@ class TrainState:
         fields: dict[str, Any] = json.loads(text)
         for name in ("evaluations", "train_lines"):
             fields[name] = [Evaluation(step, metrics) for step, metrics in fields[name]]
+        fields["anomalies"] = [Anomaly(*values) for values in fields["anomalies"]]
         return cls(**fields)
 
 

@@ -434,6 +434,38 @@ def export(
 
 @app.command()
 @explained
+def promote(
+    name: Annotated[str, typer.Argument(help="A registered model.")],
+    version: Annotated[int | None, typer.Option(help="Which version; default: the challenger.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Recorded comparison; default: evaluation/evaluation.json of the version's run.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote whatever the comparison says; needs --reason.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="Why it is forced; it is written down.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the versions; promote nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a registered model's challenger its champion, if a recorded comparison shows that it wins."""
+    from dpo_ray.promote import listing
+    from dpo_ray.promote import promote as promote_version
+    from dpo_ray.tracking import ModelRegistry
+
+    if force != bool(reason):
+        raise InputError("--force and --reason TEXT go together")
+    registry = ModelRegistry(name)
+    with result_stream(as_json) as emit:
+        if show:
+            emit(listing(registry), lambda versions: show_versions(name, versions))
+            return
+        number = None if version is None else str(version)
+        promoted = promote_version(registry, number=number, evaluation=evaluation, reason=reason)
+        emit(promoted, lambda values: show_metrics(f"models:/{name}@champion", values))
+
+
+@app.command()
+@explained
 def report(
     folders: Annotated[list[str], typer.Argument(help="A run, a study or an acquisition; or several runs.")],
     output: Annotated[str | None, typer.Option(help="Of several runs: where to; default: what holds them.")] = None,
@@ -620,9 +652,9 @@ class Live:
             console.print(f"{text} {done}/{total}", highlight=False)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        told = line.get("alarm") or line.get("event")
+        told = told_of_anomaly(line["anomaly"]) if "anomaly" in line else line.get("event")
         if told:
-            console.print(f"step {line['step']}: {told}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            say(f"step {line['step']}: {told}", style="yellow")
             return
         told = brief(line)
         if self._is_terminal and "eval/loss" not in line:
@@ -739,6 +771,10 @@ def brief(line: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def told_of_anomaly(anomaly: Mapping[str, Any]) -> str:
+    return f"{anomaly['name']}: {anomaly['evidence']}; try: {anomaly['advice']}"
+
+
 def show_summary(summary: Mapping[str, Any]) -> None:
     """Best and last evaluation side by side, and where everything is."""
     table = Table(title=f"{summary['status']}" + (f": {summary['stop_reason']}" if summary["stop_reason"] else ""))
@@ -754,8 +790,8 @@ def show_summary(summary: Mapping[str, Any]) -> None:
         + (f", {rate:.1f} pairs/s" if rate else "")
         + "; reference: {computed} computed, {from_store} from the store".format(**summary["reference"])
     )
-    for alarm in summary["alarms"]:
-        console.print(alarm, style="yellow")
+    for anomaly in summary["anomalies"]:
+        say(f"step {anomaly['step']}: {told_of_anomaly(anomaly)}", style="yellow")
     console.print(f"model: {summary['model_path']}", highlight=False, soft_wrap=True)
 
 
@@ -828,6 +864,20 @@ def show_data(tree: Mapping[str, Any]) -> None:
         table.add_row(*map(Text, (finding["what"], finding["found"], finding["advice"])))
     Console().print(table)
     console.print(f"report: {tree['folder']}/quality.html", highlight=False, soft_wrap=True)
+
+
+def show_versions(name: str, versions: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title=name)
+    for heading in ("version", "aliases", "win rate", "data", "labels"):
+        table.add_column(heading, overflow="fold")
+    for one in versions:
+        rate = ""
+        if one["win_rate"] is not None:
+            rate = "{:.1%} ({:.1%} to {:.1%})".format(*(float(one[key]) for key in ("win_rate", "low", "high")))
+        rate += " forced" if one["forced"] == "true" else ""
+        cells = (", ".join(one["aliases"]), rate, one["data_fingerprint"] or "", one["labels"] or "")
+        table.add_row(one["version"], *map(Text, cells))
+    Console().print(table)
 
 
 def show_findings(found: list[dict[str, Any]]) -> None:

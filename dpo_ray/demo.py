@@ -24,7 +24,6 @@ from rich.table import Table
 from dpo_ray.config import RunConfig, load_run
 from dpo_ray.errors import InputError
 from dpo_ray.metrics import wilson_interval
-from dpo_ray.report import write_report
 from dpo_ray.storage import Folder, read_lines
 
 if TYPE_CHECKING:
@@ -480,7 +479,6 @@ def _run_seed(
     outcome = outcome_of(_evaluate(dpo.folder, display))
     lines = list(read_lines(Folder(dpo.folder).read("metrics.jsonl")))
     plot(outcome, lines, folder / "demo.png")
-    write_report(dpo.folder)
     done("evaluate")
     return {
         "seed": seed,

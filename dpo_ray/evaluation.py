@@ -36,6 +36,7 @@ from dpo_ray.model_card import write_model_card
 from dpo_ray.models import ModelSource, weights_fingerprint
 from dpo_ray.pairs import Candidate
 from dpo_ray.prepare import held_out_of, is_run, model_of, recipe_of, reference_source
+from dpo_ray.report import write_report
 from dpo_ray.run_record import EVALUATION_FILE
 from dpo_ray.storage import Folder, redacted
 
@@ -179,6 +180,7 @@ def evaluate(
     write_evaluation_report(folder.path)
     if is_run(model) and Folder(model).exists(SUMMARY_FILE) and folder.path == folder_of(model, None).path:
         write_model_card(model)
+        write_report(model)
     _track(run, model, tree, display)
     return dict(tree)
 

@@ -4,6 +4,7 @@ The driver follows `metrics.jsonl` while Ray trains: progress and MLflow come fr
 workers report to Ray only at evaluations and checkpoints.
 """
 
+import json
 import logging
 import math
 import os
@@ -22,6 +23,7 @@ from dpo_ray.checkpoint import CHECKPOINTS, MODEL_FOLDER
 from dpo_ray.config import RECIPE_FILE, RunConfig
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.lease import Lease
+from dpo_ray.lineage import lineage
 from dpo_ray.losses import loss_function
 from dpo_ray.manifest import Manifest
 from dpo_ray.model_card import CARD_FILE, card_of
@@ -419,7 +421,7 @@ class Follower:
     ) -> None:
         from dpo_ray.tracking import open_tracker, recipe_params
 
-        self._folder, self._display, self._run = folder, display, run
+        self._folder, self._display, self._run, self._tags = folder, display, run, tags
         self._tracker = open_tracker(run)
         resumed = (before or {}).get("mlflow_run_id")
         own = {"dpo_ray.version": version("dpo-ray"), "dpo_ray.folder": folder.path}
@@ -447,14 +449,25 @@ class Follower:
         if not content.startswith(self._read):  # a restarted run has cut the lines after its checkpoint
             self._read = b""
         new, self._read = content[len(self._read) :], content[: content.rfind(b"\n") + 1]
+        has_anomalies = False
         for line in read_lines(new):
             key = _line_key(line)
             if key in self._seen:
                 continue
             self._seen.add(key)
             self._display.line(line)
+            has_anomalies |= "anomaly" in line
             metrics = {name: value for name, value in line.items() if name != "step" and isinstance(value, int | float)}
             self._tracker.log(metrics, line["step"])
+        if has_anomalies:
+            self._log_anomalies(content)
+
+    def _log_anomalies(self, content: bytes) -> None:
+        """All of the run so far, also those from before it was resumed."""
+        lines = [line for line in read_lines(content) if "anomaly" in line]
+        found = {line["anomaly"]["name"]: {"step": line["step"], **line["anomaly"]} for line in lines}
+        self._tracker.tag({"anomalies": ",".join(found)})
+        self._tracker.log_file(json.dumps(list(found.values()), indent=1), "anomalies.json")
 
     def tell(self, text: str) -> None:
         self._display.phase(text)
@@ -465,7 +478,8 @@ class Follower:
         self._tracker.finish(summary["status"])
         self._is_closed = True
         if self._run.tracking.register_as and summary["model_path"]:
-            self._tracker.register(summary["model_path"], self._run.tracking.register_as)
+            made_from = lineage(self._run, self._folder.path, summary["model_path"], summary, self._tags)
+            self._tracker.register(summary["model_path"], self._run.tracking.register_as, made_from)
 
     def leave(self) -> None:
         """Touch the tracked run no more: it is another attempt's."""
@@ -486,7 +500,7 @@ class Follower:
 
 def _line_key(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """What tells lines apart: the step, the metrics in it, and what is told in words."""
-    return (line["step"], *sorted(line), *(value for value in line.values() if isinstance(value, str)))
+    return (line["step"], *sorted(line), *(str(value) for value in line.values() if isinstance(value, str | dict)))
 
 
 def time_split(of_steps: Mapping[str, float], steps: float, evaluation: float, checkpoint: float) -> dict[str, float]:
@@ -530,7 +544,7 @@ def _summary(
         "lost_steps": attempts.lost_steps(events),
         "eval": evaluations[-1].metrics if evaluations else {},
         "best_eval": best.metrics if best else {},
-        "alarms": state["alarms"],
+        "anomalies": [anomaly._asdict() for anomaly in state["anomalies"]],
         "train_seconds": round(seconds, 3),
         "pairs_per_second": round(result["pairs_seen"] / seconds, 3) if seconds else None,
         "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None,

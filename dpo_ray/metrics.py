@@ -17,8 +17,8 @@ class Metric(NamedTuple):
 
     direction: Literal["max", "min"]
     """Which way is better, for early stopping and the best checkpoint."""
-    per: Literal["pair", "token"]
-    """What it is a mean over."""
+    per: Literal["pair", "token", "longer", "shorter"]
+    """What it is a mean over; the last two: the pairs whose chosen response has more, or fewer, tokens."""
     unit: str
     meaning: str
 
@@ -29,12 +29,19 @@ METRICS: dict[str, Metric] = {
     "rewards/rejected": Metric("min", "pair", "nats", "the same of the rejected response"),
     "rewards/margins": Metric("max", "pair", "nats", "chosen less rejected reward"),
     "rewards/accuracies": Metric("max", "pair", "share", "pairs whose chosen reward is the higher; a tie counts half"),
+    "rewards/accuracies_longer": Metric("max", "longer", "share", "the same of pairs whose chosen response is longer"),
+    "rewards/accuracies_shorter": Metric(
+        "max", "shorter", "share", "the same of pairs whose chosen response is shorter"
+    ),
     "logps/chosen": Metric("max", "pair", "nats", "summed log-prob of the chosen response"),
     "logps/rejected": Metric("min", "pair", "nats", "summed log-prob of the rejected response"),
     "entropy": Metric("max", "token", "nats", "entropy of the next-token distribution at response tokens"),
     "kl": Metric("min", "token", "nats", "log pi_ref - log pi on the data's responses: how far the policy left them"),
 }
 """The metrics of a training or held-out line, by TRL's names; `eval/` is put before them when held out."""
+
+OBJECTIVES = [name for name, metric in METRICS.items() if metric.per in ("pair", "token")]
+"""Those that every evaluation has, so that a run can be judged by them: any pairs will do."""
 
 
 def pair_sums(
@@ -57,11 +64,17 @@ def pair_sums(
     }
     if loss.chosen_rewards is not None and loss.rejected_rewards is not None:
         margins = loss.chosen_rewards - loss.rejected_rewards
+        accuracies = (margins.sign() + 1) / 2
+        longer, shorter = policy.chosen_tokens > policy.rejected_tokens, policy.chosen_tokens < policy.rejected_tokens
         per_pair |= {
             "rewards/chosen": loss.chosen_rewards,
             "rewards/rejected": loss.rejected_rewards,
             "rewards/margins": margins,
-            "rewards/accuracies": (margins.sign() + 1) / 2,
+            "rewards/accuracies": accuracies,
+            "rewards/accuracies_longer": accuracies * longer,
+            "rewards/accuracies_shorter": accuracies * shorter,
+            "num_longer": longer,
+            "num_shorter": shorter,
         }
     if reference is not None:
         per_pair["kl"] = reference.chosen + reference.rejected - policy.chosen - policy.rejected
@@ -88,10 +101,14 @@ class MetricSums:
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:
-    """Exact means from sums: over pairs, or over response tokens where the registry says so; `num_pairs` is kept."""
-    count = {"pair": sums["num_pairs"], "token": sums["num_tokens"]}
-    result = {name: sums[name] / count[metric.per] for name, metric in METRICS.items() if name in sums}
-    return result | {"num_pairs": int(sums["num_pairs"])}
+    """Exact means from sums: over all pairs, some of them, or response tokens, as the registry says.
+
+    The numbers of pairs are kept; a mean over no pair is left out.
+    """
+    counts = {"pair": "num_pairs", "token": "num_tokens", "longer": "num_longer", "shorter": "num_shorter"}
+    over = {name: sums.get(counts[metric.per], 0.0) for name, metric in METRICS.items()}
+    result = {name: sums[name] / count for name, count in over.items() if name in sums and count}
+    return result | {name: int(sums[name]) for name in ("num_pairs", "num_longer", "num_shorter") if name in sums}
 
 
 def means_with_interval(sums: dict[str, float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from dpo_ray.device import device_memory
 from dpo_ray.errors import InputError
 from dpo_ray.losses import loss_function
 from dpo_ray.memory import memory_estimate, model_shape, settings_that_fit
-from dpo_ray.metrics import METRICS
+from dpo_ray.metrics import OBJECTIVES
 from dpo_ray.models import ModelSource, end_token_ids, load_tokenizer, policy_source, read_config
 from dpo_ray.pairs import PreferencePair, TokenizedPair
 from dpo_ray.stopping import check_metric
@@ -104,8 +104,8 @@ def check_recipe(run: RunConfig) -> None:
     if run.early_stopping is not None:
         missing = {"kl"} if reference_source(run) is None else set()
         if run.loss.kind == "sft":
-            missing |= {name for name in METRICS if name.startswith("rewards/")}
-        check_metric(run.early_stopping.metric, [name for name in METRICS if name not in missing])
+            missing |= {name for name in OBJECTIVES if name.startswith("rewards/")}
+        check_metric(run.early_stopping.metric, [name for name in OBJECTIVES if name not in missing])
     context = getattr(read_config(policy_source(run.model)), "max_position_embeddings", None)
     if context is not None and run.data.max_tokens > context:
         raise InputError(

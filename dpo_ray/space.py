@@ -20,7 +20,7 @@ import yaml
 
 from dpo_ray.config import RunConfig, recipe_keys
 from dpo_ray.errors import InputError
-from dpo_ray.metrics import METRICS
+from dpo_ray.metrics import METRICS, OBJECTIVES
 
 SEED = "train.seed"
 MIXTURES = "singles_and_all"
@@ -272,8 +272,8 @@ def source_names(paths: Sequence[str]) -> list[str]:
 
 def _objective(text: str) -> tuple[str, str]:
     metric, _, mode = str(text).removeprefix("eval/").partition(":")
-    if metric not in METRICS:
-        raise InputError(f"no metric `{metric}`; there are {', '.join(METRICS)}")
+    if metric not in OBJECTIVES:
+        raise InputError(f"no metric `{metric}`; there are {', '.join(OBJECTIVES)}")
     if mode not in ("", "min", "max"):
         raise InputError(f"the objective {text!r}: `min` or `max` stands behind the colon")
     return metric, mode or METRICS[metric].direction

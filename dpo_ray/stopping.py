@@ -71,29 +71,3 @@ def decide(rule: EarlyStoppingConfig, history: Sequence[Evaluation]) -> Decision
             f"{rule.metric} has not improved in {waited} evaluations, since step {seen[best_at].step}",
         )
     return Decision(False, None)
-
-
-def overtraining(train: Sequence[Evaluation], held_out: Sequence[Evaluation], window: int = 3) -> str | None:
-    """A warning when accuracy on training pairs rises while the held-out one falls and chosen log-probs sink.
-
-    That is the signature of DPO that only pushes responses away (arXiv:2406.02900). Looks at the last `window`
-    evaluations and the training lines between them; the fall must be more than one standard error.
-    """
-    recent = [e for e in held_out if e.step > 0][-window:]
-    name = "rewards/accuracies"
-    if len(recent) < window or name not in recent[0].metrics:
-        return None
-    first, last = recent[0], recent[-1]
-    before = [e for e in train if e.step <= first.step][-1:]
-    after = [e for e in train if e.step <= last.step][-1:]
-    if not before or not after:
-        return None
-    fall = first.metrics[name] - last.metrics[name]
-    sinks = last.metrics["logps/chosen"] < first.metrics["logps/chosen"]
-    rises = after[0].metrics[name] > before[0].metrics[name]
-    if rises and sinks and fall > standard_error(name, last.metrics[name], int(last.metrics["num_pairs"])):
-        return (
-            f"over-training: from step {first.step} to {last.step} {name} rose on training pairs to "
-            f"{after[0].metrics[name]:.2f} while the held-out one fell by {fall:.3f} and chosen log-probs sank"
-        )
-    return None

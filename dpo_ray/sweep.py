@@ -24,6 +24,7 @@ from dpo_ray import lease
 from dpo_ray.config import RunConfig, parse_run
 from dpo_ray.errors import InputError, RunFailed
 from dpo_ray.launch import SUMMARY_FILE, Display, Interrupt, Silent, check_cluster, fit, write_model
+from dpo_ray.lineage import lineage
 from dpo_ray.losses import loss_function
 from dpo_ray.prepare import Prepared, check_recipe, prepare, reference_source, resolve
 from dpo_ray.reference import fill
@@ -714,10 +715,12 @@ def winner(study: StudyFile) -> dict[str, Any] | None:
 def _register(study: StudyFile, best: Mapping[str, Any], tracker: Any) -> None:
     """The winner's model under the recipe's `tracking.register_as`."""
     folder = Folder(best["folder"])
+    run = parse_run(yaml.safe_load(folder.read("recipe.yaml")))
     if not folder.exists("model/config.json"):  # a trial that was broken off has checkpoints only
-        run = parse_run(yaml.safe_load(folder.read("recipe.yaml")))
         write_model(folder, run, folder / "model", folder.read_json(SUMMARY_FILE))
-    tracker.register(f"{folder.path}/model", str(study.run.tracking.register_as))
+    path = f"{folder.path}/model"
+    made_from = lineage(run, folder.path, path, folder.read_json(SUMMARY_FILE), {})
+    tracker.register(path, str(study.run.tracking.register_as), made_from)
 
 
 def tracked(run: RunConfig) -> RunConfig:

@@ -56,6 +56,6 @@ def result_stream(as_json: bool) -> Iterator[Callable[[Any, Callable[[Any], None
         os.close(real)
 
 
-def say(text: str) -> None:
+def say(text: str, style: str | None = None) -> None:
     """A line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, NamedTuple, Protocol, final
 
 from dpo_ray.config import RunConfig
 from dpo_ray.errors import InputError, RunFailed
@@ -51,6 +51,9 @@ _STORE_ERRORS = (MlflowException, SQLAlchemyError, OSError, ImportError)
 
 _CUT = " ... (cut)"
 
+CHAMPION, CHALLENGER, PREVIOUS_CHAMPION = "champion", "challenger", "previous_champion"
+"""Aliases of a registered model's versions: the one in use, the newest, and the one that was in use before."""
+
 
 class Tracker(Protocol):
     """Where the metrics of a run go besides its folder."""
@@ -69,12 +72,19 @@ class Tracker(Protocol):
         """Take the metrics of a step; they are sent together with others."""
         ...
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; they go with the next metrics."""
+        ...
+
     def log_file(self, source: Path | str, name: str) -> None:
         """Keep a text file with the run: the file at a `Path`, or the text itself."""
         ...
 
-    def register(self, model_path: str, name: str) -> str | None:
-        """Make the exported model the newest version of a registered model, and return the version.
+    def register(self, model_path: str, name: str, tags: Mapping[str, str] | None = None) -> str | None:
+        """Make the exported model the newest version of a registered model, its challenger; return the version.
+
+        Args:
+            tags: Of the version: what it was made from.
 
         Raises:
             RunFailed: The registry did not take it; the model itself is untouched.
@@ -98,10 +108,13 @@ class NoTracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         pass
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        pass
+
     def log_file(self, source: Path | str, name: str) -> None:
         pass
 
-    def register(self, model_path: str, name: str) -> str | None:
+    def register(self, model_path: str, name: str, tags: Mapping[str, str] | None = None) -> str | None:
         return None
 
     def finish(self, status: Status) -> None:
@@ -127,6 +140,7 @@ class MlflowTracker:
         self._send_every_s, self._retry_every_s = send_every_s, retry_every_s
         self._run_id = ""
         self._metrics: list[Any] = []
+        self._tags: dict[str, str] = {}
         self._files: dict[str, str] = {}
         self._next_send = 0.0
         self._has_warned = False
@@ -135,7 +149,7 @@ class MlflowTracker:
     def start(
         self, run_name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, resume: str | None = None
     ) -> str | None:
-        labels = {key: _cut(redacted(str(value)), MAX_TAG_VAL_LENGTH) for key, value in (tags or {}).items()}
+        labels = _labels(tags or {})
         try:
             if resume is not None and self._has_run(resume):
                 self._run_id = resume
@@ -155,11 +169,14 @@ class MlflowTracker:
         if time.monotonic() >= self._next_send:
             self._send()
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._tags |= _labels(tags)
+
     def log_file(self, source: Path | str, name: str) -> None:
         self._files[name] = redacted(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
         self._send()
 
-    def register(self, model_path: str, name: str) -> str | None:
+    def register(self, model_path: str, name: str, tags: Mapping[str, str] | None = None) -> str | None:
         source = absolute(model_path)
         try:
             if _is_server(self._uri) and not is_uri(source):  # a server takes no version from a client's disk
@@ -170,7 +187,8 @@ class MlflowTracker:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            version = self._client.create_model_version(name, source, run_id=self._run_id)
+            version = self._client.create_model_version(name, source, run_id=self._run_id, tags=_labels(tags or {}))
+            self._client.set_registered_model_alias(name, CHALLENGER, version.version)
         except _STORE_ERRORS as error:
             raise RunFailed(f"the model is in {model_path} but is not registered as {name}: {_line(error)}") from None
         return str(version.version)
@@ -228,6 +246,9 @@ class MlflowTracker:
             while self._metrics:
                 self._client.log_batch(self._run_id, metrics=self._metrics[:MAX_METRICS_PER_BATCH])
                 del self._metrics[:MAX_METRICS_PER_BATCH]
+            if self._tags:
+                self._client.log_batch(self._run_id, tags=[RunTag(key, value) for key, value in self._tags.items()])
+                self._tags = {}
             for name in list(self._files):
                 self._client.log_text(self._run_id, self._files[name], name)
                 del self._files[name]
@@ -290,18 +311,28 @@ def check_store(uri: str) -> None:
         raise InputError(f"cannot use MLflow at {redacted(uri)}: {_line(error)}") from None
 
 
-def registered_model(name: str) -> str:
-    """The folder of `models:/name@alias` or `models:/name/version` in MLflow's registry: MLFLOW_TRACKING_URI, else the
-    SQLite file beside the runs in `runs`, or here.
+def registry_uri(name: str) -> str:
+    """The registry that a model's name is looked up in: MLFLOW_TRACKING_URI, else the SQLite file beside the runs in
+    `runs`, or here.
 
     Raises:
-        InputError: There is no such model, or no registry.
+        InputError: There is none; names the model.
     """
     files = [Path("runs/mlflow.db"), Path("mlflow.db")]
     local = next((f"sqlite:///{file.absolute()}" for file in files if file.exists()), None)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or local
     if uri is None:
         raise InputError(f"{name}: no MLflow registry here: set MLFLOW_TRACKING_URI")
+    return uri
+
+
+def registered_model(name: str) -> str:
+    """The folder of `models:/name@alias` or `models:/name/version` in MLflow's registry; see `registry_uri`.
+
+    Raises:
+        InputError: There is no such model, or no registry.
+    """
+    uri = registry_uri(name)
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", name)
     if match is None:
         raise InputError(f"{name} is no registered model: models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -315,6 +346,67 @@ def registered_model(name: str) -> str:
         return str(download_artifacts(artifact_uri=client.get_model_version_download_uri(match[1], version)))
     except _STORE_ERRORS as error:
         raise InputError(f"{name} is not in the registry at {redacted(uri)}: {_line(error)}") from None
+
+
+class ModelVersion(NamedTuple):
+    """A version of a registered model."""
+
+    number: str
+    aliases: frozenset[str]
+    tags: dict[str, str]
+
+
+class ModelRegistry:
+    """The versions of one registered model: what there is, and who is champion."""
+
+    def __init__(self, name: str, uri: str | None = None) -> None:
+        """
+        Args:
+            uri: Of the registry; None: `registry_uri`.
+        """
+        self.name, self._uri = name, uri or registry_uri(name)
+        _quieten()
+        self._client = MlflowClient(self._uri)
+
+    def versions(self) -> list[ModelVersion]:
+        """The newest first.
+
+        Raises:
+            InputError: There is no model of this name, or the registry cannot be asked.
+        """
+        try:
+            aliases = self._client.get_registered_model(self.name).aliases
+            found = self._client.search_model_versions(f"name = '{self.name}'")
+        except _STORE_ERRORS as error:
+            raise self._refused(error) from None
+        named: dict[str, set[str]] = {}
+        for alias, number in aliases.items():
+            named.setdefault(str(number), set()).add(alias)
+        versions = [ModelVersion(str(v.version), frozenset(named.get(str(v.version), ())), dict(v.tags)) for v in found]
+        return sorted(versions, key=lambda version: int(version.number), reverse=True)
+
+    def promote(self, number: str, former: str | None, tags: Mapping[str, str]) -> None:
+        """Make a version the champion, and write down why.
+
+        The tags go first: who reads `champion` finds them there.
+
+        Args:
+            former: The champion so far, which becomes the previous one.
+
+        Raises:
+            InputError: The registry did not take it.
+        """
+        try:
+            for key, value in _labels(tags).items():
+                self._client.set_model_version_tag(self.name, number, key, value)
+            if former is not None and former != number:
+                self._client.set_registered_model_alias(self.name, PREVIOUS_CHAMPION, former)
+            self._client.set_registered_model_alias(self.name, CHAMPION, number)
+        except _STORE_ERRORS as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: BaseException) -> InputError:
+        return InputError(f"registered model {self.name} at {redacted(self._uri)}: {_line(error)}")
 
 
 def recipe_params(run: RunConfig) -> dict[str, str]:
@@ -331,6 +423,11 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _flat(item, f"{key}.{index}")
     else:
         yield key, value if isinstance(value, str) else json.dumps(value)
+
+
+def _labels(tags: Mapping[str, str]) -> dict[str, str]:
+    """Tags as a store takes them."""
+    return {key: _cut(redacted(str(value)), MAX_TAG_VAL_LENGTH) for key, value in tags.items()}
 
 
 def _cut(value: str, limit: int) -> str:

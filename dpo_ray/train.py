@@ -21,6 +21,7 @@ import torch
 from ray.train import CheckpointUploadMode
 
 from dpo_ray import attempts, checkpoint, manifest, pulse
+from dpo_ray.anomalies import find_anomalies
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.config import BatchConfig, RunConfig
 from dpo_ray.data.batching import MicroBatch, lengths_of, make_batch, plan_step
@@ -46,7 +47,7 @@ from dpo_ray.notices import Notice, Watch, is_close
 from dpo_ray.pairs import PairBatch, TokenizedPair
 from dpo_ray.prepare import step_order
 from dpo_ray.reference import ReferenceStore, ReferenceTable
-from dpo_ray.stopping import Evaluation, best_evaluation, decide, overtraining
+from dpo_ray.stopping import Evaluation, best_evaluation, decide
 from dpo_ray.storage import Folder, locate, read_lines
 from dpo_ray.uploads import Uploads
 
@@ -97,9 +98,9 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
     log = RunLog(run.folder, rank, state.step)
     log.started(state.step, world_size)
     for fault in faults:
-        log.write({"step": state.step, "alarm": f"checkpoint not used, {fault}"})
+        log.write({"step": state.step, "event": f"checkpoint not used, {fault}"})
     if worker.batch.layout == "padded" != run.batch.layout:
-        log.write({"step": state.step, "alarm": "this architecture needs padded rows: every prompt is computed twice"})
+        log.write({"step": state.step, "event": "this architecture needs padded rows: every prompt is computed twice"})
     if state.step == 0:
         worker.self_check(train, order.pairs_of(1), job.reference_is_start)
 
@@ -111,11 +112,12 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
         timed = is_logged and step > 1
         sums, notices = worker.step(train, order.pairs_of(step), step, is_timed=timed)  # of a skipped step, its cost
         state.add_step(sums, time.perf_counter() - began)
+        state.add_norm(worker.last_step.get("grad_norm", 0.0))
 
         if is_logged and state.since_log["num_pairs"] > 0:
-            line = means(state.since_log) | worker.last_step
+            line = means(state.since_log) | worker.last_step | {"grad_norm_max": state.grad_norm_max}
             state.train_lines.append(Evaluation(step, line))
-            state.since_log = {}
+            state.since_log, state.grad_norm_max = {}, 0.0
             rate = order.pairs_before(step) / state.train_seconds
             log.write({"step": step, "epoch": order.epoch_at(step), **line, "pairs_per_second": rate})
 
@@ -129,10 +131,8 @@ def train_loop(job: TrainJob) -> dict[str, Any]:
             log.write_margins(step, margins)
             if run.early_stopping is not None and not is_last:
                 state.stop_reason = decide(run.early_stopping, state.evaluations).reason
-            alarm = overtraining(state.train_lines, state.evaluations)
-            if alarm is not None and not state.alarms:
-                state.alarms.append(alarm)
-                log.write({"step": step, "alarm": alarm})
+        if is_logged or evaluated:
+            log.write_anomalies(state, order.num_steps, worker.times.waiting)
         if Notice.STOP in notices:
             state.stop_reason = "interrupted"
         going = worker.ask_about_nodes() if Notice.LOOK in notices else None
@@ -439,11 +439,18 @@ class StepTimes:
     def __init__(self, engine: ZeroEngine) -> None:
         self._engine, self._is_on = engine, False
         self._seconds: dict[str, float] = {}
+        self._before: dict[str, float] = {}
+        self.waiting: list[float] = []
+        """Of each step that was seen, the share of its time that it waited for data."""
 
     def begin(self, is_timed: bool) -> None:
         """From here on, until the next call, `of` counts or does not."""
         if is_timed != self._is_on:
             self._engine.measure_communication(is_timed)
+            if not is_timed:
+                spent = {part: seconds - self._before.get(part, 0.0) for part, seconds in self._seconds.items()}
+                self.waiting.append(spent["data"] / sum(spent.values()))
+            self._before = dict(self._seconds)
         self._is_on = is_timed
 
     @contextmanager
@@ -500,6 +507,15 @@ class RunLog:
     def write(self, line: dict[str, Any]) -> None:
         if self._writes:
             self._folder.append(METRICS_FILE, json.dumps(line))
+
+    def write_anomalies(self, state: TrainState, num_steps: int, waiting: Sequence[float]) -> None:
+        """Look for what is wrong at this step, and keep and write what was not told before."""
+        known = {anomaly.name for anomaly in state.anomalies}
+        lines, evaluations = state.train_lines, state.evaluations
+        for new in find_anomalies(lines, evaluations, num_steps=num_steps, waiting=waiting, known=known):
+            state.anomalies.append(new)
+            told = {"name": new.name, "evidence": new.evidence, "advice": new.advice}
+            self.write({"step": new.step, "anomaly": told})
 
     def write_margins(self, step: int, margins: dict[str, float]) -> None:
         """Keep the margin of every held-out pair, so that runs can be compared pair by pair."""

@@ -26,6 +26,7 @@ from dpo_ray.config import RECIPE_FILE, AcquireConfig, BatchRuleConfig, RunConfi
 from dpo_ray.data.encode import PairEncoder
 from dpo_ray.data.formats import to_row
 from dpo_ray.launch import Display, Interrupt
+from dpo_ray.lineage import LABELS_TAG
 from dpo_ray.metrics import METRICS
 from dpo_ray.models import ModelSource, policy_source
 from dpo_ray.pairs import Candidate, PreferencePair, content_hash
@@ -302,7 +303,8 @@ class Arm:
             return summary | {"folder": folder.path}
         folder.write_lines(PAIRS_FILE, rows)
         resume = folder.exists(RECIPE_FILE)
-        result = launch.fit(run, resume=resume, display=self._display, interrupt=self._interrupt, tags=self.task.tags)
+        tags = {**self.task.tags, LABELS_TAG: f"{self.folder.path}/{LABELS_FILE}, round {number}"}
+        result = launch.fit(run, resume=resume, display=self._display, interrupt=self._interrupt, tags=tags)
         return result.summary | {"folder": folder.path}
 
     # Telling

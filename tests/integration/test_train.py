@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(first: RunResult
     again = fit(run, resume=True)
     assert (again.summary["status"], again.summary["resumed_from_step"]) == ("completed", 10)
     assert losses(again.folder) == losses(first.folder)
-    told = [line["alarm"] for line in lines(again.folder) if "alarm" in line]
+    told = [line["event"] for line in lines(again.folder) if "checkpoint not used" in line.get("event", "")]
     assert told == [
         "checkpoint not used, step-000020: shards/00001-0000.safetensors has changed",
         "checkpoint not used, step-000015: engine.json is missing",

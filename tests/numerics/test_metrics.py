@@ -16,6 +16,7 @@ from dpo_ray.data.batching import Lengths
 from dpo_ray.losses import PairLogps, PreferenceLoss, dpo_loss, sft_loss
 from dpo_ray.metrics import (
     METRICS,
+    OBJECTIVES,
     MetricSums,
     held_out_names,
     means,
@@ -51,7 +52,7 @@ def pair_by_pair() -> dict[str, float]:
     """The means of POLICY and REFERENCE in plain Python, one pair after another."""
     rows = zip(*(field.tolist() for field in (*POLICY[:4], REFERENCE.chosen, REFERENCE.rejected)), strict=True)
     total = dict.fromkeys(METRICS.keys() - {"entropy"}, 0.0)
-    num_pairs = num_tokens = 0.0
+    num_pairs = num_tokens = num_longer = num_shorter = 0.0
     for chosen, rejected, chosen_tokens, rejected_tokens, ref_chosen, ref_rejected in rows:
         chosen_reward, rejected_reward = 0.1 * (chosen - ref_chosen), 0.1 * (rejected - ref_rejected)
         margin = chosen_reward - rejected_reward
@@ -62,15 +63,24 @@ def pair_by_pair() -> dict[str, float]:
         total["rewards/rejected"] += rejected_reward
         total["rewards/margins"] += margin
         total["rewards/accuracies"] += 1.0 if margin > 0 else 0.0
+        if chosen_tokens > rejected_tokens:
+            num_longer += 1
+            total["rewards/accuracies_longer"] += 1.0 if margin > 0 else 0.0
+        elif chosen_tokens < rejected_tokens:
+            num_shorter += 1
+            total["rewards/accuracies_shorter"] += 1.0 if margin > 0 else 0.0
         total["logps/chosen"] += chosen
         total["logps/rejected"] += rejected
         total["kl"] += ref_chosen + ref_rejected - chosen - rejected
-    return {name: value / (num_tokens if name == "kl" else num_pairs) for name, value in total.items()}
+    counts = {"kl": num_tokens, "rewards/accuracies_longer": num_longer, "rewards/accuracies_shorter": num_shorter}
+    result = {name: value / counts.get(name, num_pairs) for name, value in total.items()}
+    return result | {"num_pairs": num_pairs, "num_longer": num_longer, "num_shorter": num_shorter}
 
 
 def test_means_are_those_computed_pair_by_pair():
     result = means({name: value.item() for name, value in sums_of(POLICY, REFERENCE).items()})
-    assert result.pop("num_pairs") == 9
+    assert result["num_pairs"] == 9
+    assert result["num_longer"] > 0 < result["num_shorter"]
     assert result == pytest.approx(pair_by_pair(), rel=1e-12)
 
 
@@ -81,7 +91,32 @@ def test_ragged_micro_batches_give_the_means_of_the_whole(cuts: set[int]):
     sums = MetricSums()
     for start, stop in pairwise(edges):
         sums.add(sums_of(part(POLICY, start, stop), part(REFERENCE, start, stop)))
-    assert means(sums.reduced()) == pytest.approx({**pair_by_pair(), "num_pairs": 9}, rel=1e-12)
+    assert means(sums.reduced()) == pytest.approx(pair_by_pair(), rel=1e-12)
+
+
+def test_accuracies_by_length_leave_out_pairs_of_equal_length_and_are_absent_where_there_is_no_pair():
+    chosen = torch.tensor([2.0, 1.0, 1.0, 2.0], dtype=torch.float64)
+    rejected = torch.tensor([1.0, 2.0, 2.0, 1.0], dtype=torch.float64)
+    zero = PairLogps(*[torch.zeros(4, dtype=torch.float64)] * 4)
+
+    def by_length(chosen_tokens: list[float], rejected_tokens: list[float]) -> dict[str, float]:
+        policy = PairLogps(chosen, rejected, torch.tensor(chosen_tokens), torch.tensor(rejected_tokens))
+        result = means({name: value.item() for name, value in sums_of(policy, zero).items()})
+        return {name: value for name, value in result.items() if name.endswith(("longer", "shorter"))}
+
+    # Right, wrong, wrong, right: of lengths longer, longer, shorter, equal.
+    assert by_length([5.0, 5.0, 1.0, 3.0], [3.0, 3.0, 3.0, 3.0]) == {
+        "rewards/accuracies_longer": 0.5,
+        "rewards/accuracies_shorter": 0.0,
+        "num_longer": 2,
+        "num_shorter": 1,
+    }
+    longer_only = by_length([5.0] * 4, [3.0] * 4)
+    assert longer_only == {"rewards/accuracies_longer": 0.5, "num_longer": 4, "num_shorter": 0}
+
+
+def test_a_run_is_judged_by_metrics_that_every_evaluation_has():
+    assert METRICS.keys() - set(OBJECTIVES) == {"rewards/accuracies_longer", "rewards/accuracies_shorter"}
 
 
 def test_a_tie_counts_half():
@@ -127,10 +162,10 @@ def test_a_mean_over_many_float32_pairs_keeps_its_digits():
 
 
 def test_token_metrics_are_divided_by_tokens_and_pair_metrics_by_pairs():
-    sums = dict.fromkeys(METRICS, 12.0) | {"num_pairs": 4.0, "num_tokens": 24.0}
+    sums = dict.fromkeys(OBJECTIVES, 12.0) | {"num_pairs": 4.0, "num_tokens": 24.0}
     result = means(sums)
     assert {name for name, value in result.items() if value == 0.5} == {"entropy", "kl"}
-    assert {name for name, value in result.items() if value == 3.0} == METRICS.keys() - {"entropy", "kl"}
+    assert {name for name, value in result.items() if value == 3.0} == set(OBJECTIVES) - {"entropy", "kl"}
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 512])

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_ray.anomalies import Anomaly
 from dpo_ray.checkpoint import (
     CHECKPOINTS,
     SNAPSHOT_FILE,
@@ -44,7 +45,8 @@ def some_state() -> TrainState:
         since_log={"loss": math.pi, "num_pairs": 64.0},
         evaluations=[Evaluation(10, {"loss": 0.1 + 0.2, "num_pairs": 5}), Evaluation(20, {"loss": 5e-324})],
         train_lines=[Evaluation(1, {"loss": math.log(2)})],
-        alarms=["over-training: é"],
+        grad_norm_max=2.5,
+        anomalies=[Anomaly("overtraining", 30, "it fell: é", "stop early")],
         stop_reason="kl 0.6 above the budget",
     )
 

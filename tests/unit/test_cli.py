@@ -226,6 +226,16 @@ def test_an_event_is_shown_as_it_is_also_with_brackets_in_it(capsys: pytest.Capt
     assert "held by [/x]" in told
 
 
+def test_an_anomaly_is_shown_with_what_to_try(capsys: pytest.CaptureFixture[str]):
+    from dpo_ray.cli import Live
+
+    with Live() as display:
+        display.line(
+            {"step": 3, "anomaly": {"name": "exploding_kl", "evidence": "kl [1.2]", "advice": "a larger beta"}}
+        )
+    assert capsys.readouterr().err == "step 3: exploding_kl: kl [1.2]; try: a larger beta\n"
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -1,12 +1,15 @@
-"""The driver's look at the cluster, against a cluster that grows."""
+"""The driver's look at the cluster, against a cluster that grows, and at the lines of a run."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dpo_ray import launch
-from dpo_ray.config import parse_run
+from dpo_ray.config import TrackingConfig, parse_run
 from dpo_ray.errors import InputError
+from dpo_ray.storage import Folder
 
 
 class Growing:
@@ -62,3 +65,51 @@ def test_another_cluster_is_asked_for_nothing(growing: Growing):
     with pytest.raises(InputError, match="needs 12 CPUs; the cluster has 0"):
         launch.check_cluster(run())
     assert growing.asked == []
+
+
+class Recorder:
+    """A display and a tracker that keep what they are given."""
+
+    def __init__(self) -> None:
+        self.lines: list[Any] = []
+        self.tags: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+
+    def line(self, line: Any) -> None:
+        self.lines.append(line)
+
+    def log(self, metrics: Any, step: int) -> None:
+        assert all(isinstance(value, int | float) for value in metrics.values())
+
+    def tag(self, tags: dict[str, str]) -> None:
+        self.tags |= tags
+
+    def log_file(self, source: str, name: str) -> None:
+        self.files[name] = source
+
+
+def anomaly(step: int, name: str) -> dict[str, Any]:
+    return {"step": step, "anomaly": {"name": name, "evidence": "e", "advice": "a"}}
+
+
+def test_anomalies_of_one_step_are_all_told_and_those_before_a_resumption_stay_tracked(tmp_path: Path):
+    folder = Folder(str(tmp_path))
+    for name in ("recipe.yaml", "data_report.json"):
+        folder.write(name, b"{}")
+    folder.append("metrics.jsonl", json.dumps(anomaly(2, "exploding_kl")))
+    seen = Recorder()
+    recipe = run().model_copy(update={"tracking": TrackingConfig(kind="none")})
+    follower = launch.Follower(recipe, folder, seen, None, {})  # type: ignore[arg-type]
+    follower._tracker = seen  # type: ignore[assignment]
+    follower.follow()
+    assert (seen.lines, seen.tags) == ([], {}), "nothing is new"
+    new = [{"step": 4, "loss": 0.5}, anomaly(4, "accuracy_dip"), anomaly(4, "overtraining")]
+    for line in new:
+        folder.append("metrics.jsonl", json.dumps(line))
+    follower.follow()
+    follower.follow()
+    assert seen.lines == new
+    assert seen.tags == {"anomalies": "exploding_kl,accuracy_dip,overtraining"}
+    kept = json.loads(seen.files["anomalies.json"])
+    assert kept[0] == {"name": "exploding_kl", "step": 2, "evidence": "e", "advice": "a"}
+    assert [(one["name"], one["step"]) for one in kept[1:]] == [("accuracy_dip", 4), ("overtraining", 4)]

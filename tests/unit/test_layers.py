@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent.parent
 LAYERS = {
     "words": ["config", "pairs", "errors"],
     "mathematics": [
-        *("losses", "logps", "metrics", "stopping", "space", "comparisons", "curve_families", "curves", "trends"),
-        "shingles",
+        *("losses", "logps", "metrics", "stopping", "space", "anomalies", "shingles"),
+        *("comparisons", "curve_families", "curves", "trends"),
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
         *("evaluate.win_rates", "evaluate.calibration", "evaluate.drift", "evaluate.exports"),
     ],
@@ -33,7 +33,7 @@ LAYERS = {
             "models",
             "manifest",
         ),
-        *("shards", "checkpoint", "tracking", "recipe_reference", "device", "memory", "prepare", "job_env"),
+        *("shards", "checkpoint", "tracking", "lineage", "recipe_reference", "device", "memory", "prepare", "job_env"),
         *("page", "run_record", "run_panels", "recipe_diff", "evaluation_report", "model_card", "report"),
         *("run_comparison", "study", "study_findings", "study_panels", "study_report", "acquire_report", "data_report"),
         *("acquisition.pool", "acquisition.answers"),
@@ -45,6 +45,7 @@ LAYERS = {
     ],
     "launch": [
         "launch",
+        "promote",
         "supervise",
         "sweep",
         "acquisition.rounds",

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_ray.config import EarlyStoppingConfig
 from dpo_ray.errors import InputError
-from dpo_ray.stopping import Decision, Evaluation, best_evaluation, check_metric, decide, overtraining
+from dpo_ray.stopping import Decision, Evaluation, best_evaluation, check_metric, decide
 
 GO_ON = Decision(False, None)
 
@@ -137,52 +137,3 @@ def test_an_unknown_metric_is_named_with_those_there_are():
     check_metric("loss", ["loss", "kl"])
     with pytest.raises(InputError, match=r"early_stopping\.metric.*no metric `rewards/accuracies`.*it has loss, kl"):
         check_metric("rewards/accuracies", ["loss", "kl"])
-
-
-def lines(*accuracies: float) -> list[Evaluation]:
-    """Training lines at steps 10, 20, 30 ..."""
-    return [Evaluation(10 * (i + 1), {"rewards/accuracies": value}) for i, value in enumerate(accuracies)]
-
-
-def falling(*accuracies: float, logps: tuple[float, ...] = (-80.0, -90.0, -100.0), num_pairs: int = 400) -> list[Any]:
-    return [
-        Evaluation(10 * (i + 1), {"rewards/accuracies": value, "logps/chosen": sum_, "num_pairs": num_pairs})
-        for i, (value, sum_) in enumerate(zip(accuracies, logps, strict=True))
-    ]
-
-
-def test_over_training_is_rising_training_and_falling_held_out_accuracy_with_sinking_log_probs():
-    warning = overtraining(lines(0.7, 0.8, 0.95), falling(0.70, 0.66, 0.62))
-    assert warning is not None
-    assert "from step 10 to 30" in warning
-    assert "to 0.95" in warning
-    assert "by 0.080" in warning
-
-
-@pytest.mark.parametrize(
-    ("train", "held_out"),
-    [
-        pytest.param(lines(0.9, 0.9, 0.9), falling(0.70, 0.66, 0.62), id="training does not rise"),
-        pytest.param(lines(0.7, 0.8, 0.95), falling(0.60, 0.65, 0.70), id="held-out rises"),
-        pytest.param(lines(0.7, 0.8, 0.95), falling(0.70, 0.70, 0.69), id="fall within one standard error"),
-        pytest.param(
-            lines(0.7, 0.8, 0.95), falling(0.70, 0.66, 0.62, num_pairs=20), id="the same fall of too few pairs"
-        ),
-        pytest.param(
-            lines(0.7, 0.8, 0.95), falling(0.70, 0.66, 0.62, logps=(-90.0, -80.0, -80.0)), id="log-probs rise"
-        ),
-        pytest.param(lines(0.7, 0.8, 0.95), falling(0.70, 0.62, logps=(-80.0, -90.0)), id="too few evaluations"),
-        pytest.param([], falling(0.70, 0.66, 0.62), id="no training line yet"),
-        pytest.param(lines(0.7, 0.95), history(0.5, 0.4, 0.3, metric="loss"), id="a loss without rewards"),
-    ],
-)
-def test_over_training_is_not_claimed_when(train: list[Evaluation], held_out: list[Evaluation]):
-    assert overtraining(train, held_out) is None
-
-
-def test_over_training_looks_at_the_last_evaluations_only():
-    recovered = falling(0.90, 0.60, 0.61, 0.62, logps=(-80.0, -90.0, -95.0, -100.0))
-    assert overtraining(lines(0.5, 0.7, 0.8, 0.9), recovered) is None
-    at_zero = Evaluation(0, {"rewards/accuracies": 1.0, "logps/chosen": 0.0, "num_pairs": 400})
-    train = [Evaluation(0, {"rewards/accuracies": 0.5}), *lines(0.5, 0.9)]
-    assert overtraining(train, [at_zero, *falling(0.62, 0.61, logps=(-90.0, -95.0))]) is None

@@ -214,7 +214,7 @@ def test_a_trial_takes_what_its_run_folder_says(study: StudyFile):
     lines = [
         {"step": 1, "loss": 0.69, "rewards/accuracies": 0.5},
         {"step": 2, "eval/loss": 0.6, "eval/rewards/accuracies": 0.7},
-        {"step": 2, "alarm": "x"},
+        {"step": 2, "anomaly": {"name": "x", "evidence": "y", "advice": "z"}},
         {"step": 4, "eval/loss": 0.5, "eval/rewards/accuracies": 0.6},
     ]
     folder.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())

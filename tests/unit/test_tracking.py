@@ -76,6 +76,21 @@ def test_a_run_is_in_the_store_beside_the_runs(
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"], "something was written where we stand"
 
 
+def test_tags_that_come_late_go_with_the_next_metrics_and_the_last_word_counts(
+    tracker: MlflowTracker, client: MlflowClient
+):
+    run_id = tracker.start("a", {}, {"note": "first"})
+    tracker.tag({"anomalies": "exploding_kl"})
+    tracker.tag({"anomalies": "exploding_kl,accuracy_dip", "source": "s3://key:secret@bucket"})
+    tracker.finish("completed")
+    tags = client.get_run(run_id).data.tags
+    assert (tags["note"], tags["anomalies"], tags["source"]) == (
+        "first",
+        "exploding_kl,accuracy_dip",
+        "s3://***@bucket",
+    )
+
+
 @pytest.mark.parametrize(
     ("status", "theirs"), [("completed", "FINISHED"), ("failed", "FAILED"), ("interrupted", "KILLED")]
 )
@@ -152,7 +167,7 @@ def test_a_model_is_registered_where_it_lies(store: Path, tracker: MlflowTracker
     assert tracker.register(str(tmp_path), "policy") == "1"
     assert tracker.register(str(tmp_path), "policy") == "2"
     version = client.get_model_version("policy", "2")
-    assert (version.source, version.run_id) == (str(tmp_path), run_id)
+    assert (version.source, version.run_id, version.aliases) == (str(tmp_path), run_id, ["challenger"])
     with pytest.raises(RunFailed, match="the model is in /m but is not registered as a/b"):
         tracker.register("/m", "a/b")
 
