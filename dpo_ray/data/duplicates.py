@@ -73,9 +73,8 @@ def links(
 ) -> list[Link]:
     """Duplicates and contradictions among pairs, by place.
 
-    A group of k pairs alike, in whatever order of responses, has k - 1 links: equal ones lead to the first of their
-    kind, and those first ones, where they are near, to one another. Pairs whose two responses are the same contradict
-    nothing.
+    A group of k pairs alike, in whatever order of responses, has k - 1 links: equal ones to the first of their kind,
+    and those first ones, where they are near, to one another. A pair whose responses are the same contradicts nothing.
 
     Args:
         threshold: Least Jaccard index of a near pair, in (0, 1]: of the prompts, and of the responses either way.
