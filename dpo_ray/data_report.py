@@ -115,9 +115,16 @@ def _repeats(part: Mapping[str, Any]) -> str:
     )
     rows = []
     for example in part["examples"]:
-        rows.append([example["first"], text(example["similarity"]), example["prompt"], *_responses(example, "first")])
-        rows.append([example["second"], "", "", *_responses(example, "second")])
+        rows.append(
+            [_place(example["first"]), text(example["similarity"]), example["prompt"], *_responses(example, "first")]
+        )
+        rows.append([_place(example["second"]), "", "", *_responses(example, "second")])
     return told + table(["pair", "similarity", "prompt", "chosen", "rejected"], rows)
+
+
+def _place(place: str) -> str:
+    """File and row without the folders above, which would push the texts off the page."""
+    return "/".join(place.split("/")[-2:])
 
 
 def _responses(example: Mapping[str, Any], which: str) -> list[str]:
@@ -132,12 +139,20 @@ def _contamination(tree: Mapping[str, Any]) -> str:
         ),
         _rows(tree["contamination"], ("evaluated", "prompts", "found", "same", "near", "contained")),
     ]
-    heads = ("place", "kind", "similarity", "where", "trained", "prompt", "found")
+    heads = ("place", "kind", "similarity", "trained", "where", "prompt", "found")
     for leak in tree["contamination"]:
         if leak["examples"]:
-            shown = [example | {"trained": ", ".join(example["trained"][:3])} for example in leak["examples"]]
+            shown = [
+                example | {"place": _place(example["place"]), "trained": _trained(example)}
+                for example in leak["examples"]
+            ]
             parts.append(f"<h3>{html.escape(leak['evaluated'])}</h3>{_rows(shown, heads)}")
     return "\n".join(parts)
+
+
+def _trained(example: Mapping[str, Any]) -> str:
+    more = example["num_trained"] - 1
+    return _place(example["trained"][0]) + (f" and {more} more" if more else "")
 
 
 def _length_bias(tree: Mapping[str, Any]) -> str:
@@ -181,6 +196,7 @@ def _mislabelled(tree: Mapping[str, Any]) -> str:
         f"All are in {SUSPICIOUS_FILE}. A source whose accuracy is not surely above {LEAST_ACCURACY} has none: what "
         "makes its responses good is not on the surface."
     )
+    shown = [example | {"place": _place(example["place"])} for example in told["examples"]]
     rows = [
         [part["source"], *(text(part[name]) for name in ("pairs", "suspicious", "threshold")), _interval(part)]
         for part in told["by_source"]
@@ -188,7 +204,7 @@ def _mislabelled(tree: Mapping[str, Any]) -> str:
     return (
         note
         + table(["source", "pairs", "suspicious", "threshold", "accuracy"], rows)
-        + _rows(told["examples"], ("place", "probability", "margin", "prompt", "chosen", "rejected"))
+        + _rows(shown, ("place", "probability", "margin", "prompt", "chosen", "rejected"))
     )
 
 

@@ -30,10 +30,10 @@ STOP_WORDS = {
     "fr": "le les et des est une que qui dans pour pas vous sur avec du ne ce au il elle",
     "es": "el los y que es una las por con para del se como pero su lo al muy fue cuando",
     "it": "il di che per una sono non con gli della nel anche cui questo ma si le lo dei sua",
-    "pt": "o os e que uma para com do da em por mais como mas se ao foi dos das pelo",
+    "pt": "os que uma para da em por mais como mas ao foi dos das pelo pela isso",
     "nl": "de het een van en is dat niet op te voor met zijn aan ook maar als naar wordt deze",
 }
-"""Twenty frequent words of each language, without accents; some are shared."""
+"""Frequent words of each language, without accents; some are shared."""
 
 MOST_CHARACTERS = 2000
 LEAST_WORDS = 2

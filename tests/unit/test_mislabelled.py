@@ -8,9 +8,9 @@ One label in ten is flipped, at random. Of the k pairs with the lowest margins, 
     sentiment (rt-polarity)         0.74            0.54      0.69  0.49, 0.62
     UKPConvArg                      0.74            0.53      0.67  0.45, 0.62
 
-It does not work where the surface of a response does not show its worth. GSM8K, HH-RLHF, TL;DR and QA-feedback stay at
-accuracies of 0.5 to 0.62 with such flips; the lowest margins of GSM8K hold 0.26 flips, hardly enough to look at, and no
-label of these is called suspicious.
+It does not work where the surface of a response does not show its worth. GSM8K, HH-RLHF and TL;DR stay at accuracies
+of 0.59 to 0.62 with such flips, where the k lowest margins hold 0.19 to 0.26 of flips; no label of these is called
+suspicious.
 """
 
 import gzip

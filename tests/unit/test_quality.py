@@ -108,9 +108,10 @@ def test_prompts_to_be_evaluated_are_read_from_pairs_or_from_prompts_alone(tmp_p
 
 
 def test_the_longer_response_is_counted_by_source_with_its_interval(tmp_path: Path):
-    one, other = write(tmp_path / "one.jsonl", PLAIN[:12]), write(tmp_path / "other.jsonl", PLAIN[12:])
     equal = {"prompt": "Equal?", "chosen": "Yes.", "rejected": "No. "}
-    sources = [{"path": one}, {"path": write(tmp_path / "other.jsonl", [*PLAIN[12:], equal])}]
+    one = write(tmp_path / "one.jsonl", PLAIN[:12])
+    other = write(tmp_path / "other.jsonl", [*PLAIN[12:], equal, PLAIN[0]])  # one that the first source has already
+    sources = [{"path": one}, {"path": other}]
     bias = inspect(DataConfig.model_validate({"sources": sources, "eval": {"num_pairs": 0}})).tree["length_bias"]
     assert bias["longer_is_better"] == pytest.approx(15.5 / 21)
     assert (bias["low"], bias["high"]) == wilson_interval(15.5 / 21, 21)
