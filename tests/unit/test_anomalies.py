@@ -276,7 +276,10 @@ def test_held_out_pairs_speak_before_training_lines():
 def test_nothing_is_called_dead_at_the_end_of_a_schedule_or_without_a_reference():
     lines = training(still(), still(), still() | {"learning_rate": 0.9e-7})
     assert names(lines, num_steps=100) == []
-    no_reference = [line(10 * i, learning_rate=1e-6, loss=0.7, grad_norm_max=1.0) for i in (1, 2, 3)]
+    no_rewards = [line(10 * i, learning_rate=1e-6, loss=0.7, grad_norm_max=1.0, logps__chosen=-9.0) for i in (1, 2, 3)]
+    assert names(no_rewards, num_steps=100) == []
+    rewards = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0}
+    no_reference = [Evaluation(seen.step, seen.metrics | rewards) for seen in no_rewards]
     assert names(no_reference, num_steps=100) == []
 
 
