@@ -10,6 +10,7 @@ import pytest
 
 from dpo_ray.config import parse_run
 from dpo_ray.launch import RunResult, Silent, fit
+from dpo_ray.models import ModelSource, weights_fingerprint
 
 pytestmark = pytest.mark.ray
 
@@ -151,7 +152,7 @@ def test_exceptions_that_undo_the_rule_at_a_rate_that_grows_to_the_end(
         eval__every_steps=10,
         optim__learning_rate=0.027,
         optim__warmup_ratio=0.95,
-        tracking={"kind": "mlflow", "uri": uri},
+        tracking={"kind": "mlflow", "uri": uri, "register_as": "exceptions"},
     )
     found = told(result)
     assert found.keys() >= {"overtraining", "accuracy_dip", "likelihood_displacement", "exploding_kl", "gradient_spike"}
@@ -164,6 +165,15 @@ def test_exceptions_that_undo_the_rule_at_a_rate_that_grows_to_the_end(
     assert client.get_run(run_id).data.tags["anomalies"] == ",".join(found)
     kept = json.loads(Path(client.download_artifacts(run_id, "anomalies.json", str(tmp_path))).read_text())
     assert kept == result.summary["anomalies"]
+
+    version = client.get_model_version_by_alias("exceptions", "challenger")
+    assert version.tags == {
+        "data_fingerprint": result.summary["data_fingerprint"],
+        "reference_fingerprint": weights_fingerprint(ModelSource(str(tiny_model))),
+        "model_fingerprint": weights_fingerprint(ModelSource(result.summary["model_path"])),
+        "run_folder": result.folder,
+        "labels": f"{storage}/exceptions-train.jsonl",
+    }
 
 
 def test_a_reward_that_learns_nothing_but_length(cluster: None, storage: Path, tiny_model: Path):

@@ -5,13 +5,16 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dpo_ray.anomalies import DETECTORS, LENGTH_GAP, Anomaly, find_anomalies
 from dpo_ray.checkpoint import TrainState
 from dpo_ray.stopping import Evaluation
+from dpo_ray.train import StepTimes
 
 QUIET = {"rewards/chosen": 0.2, "rewards/rejected": -0.3, "rewards/margins": 0.5, "kl": 0.05, "logps/chosen": -100.0}
 
@@ -273,7 +276,10 @@ def test_held_out_pairs_speak_before_training_lines():
 def test_nothing_is_called_dead_at_the_end_of_a_schedule_or_without_a_reference():
     lines = training(still(), still(), still() | {"learning_rate": 0.9e-7})
     assert names(lines, num_steps=100) == []
-    no_reference = [line(10 * i, learning_rate=1e-6, loss=0.7, grad_norm_max=1.0) for i in (1, 2, 3)]
+    no_rewards = [line(10 * i, learning_rate=1e-6, loss=0.7, grad_norm_max=1.0, logps__chosen=-9.0) for i in (1, 2, 3)]
+    assert names(no_rewards, num_steps=100) == []
+    rewards = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0}
+    no_reference = [Evaluation(seen.step, seen.metrics | rewards) for seen in no_rewards]
     assert names(no_reference, num_steps=100) == []
 
 
@@ -289,6 +295,32 @@ def test_a_loader_that_takes_a_third_of_the_time_starves_the_model():
     assert names(train, waiting=[0.29] * 5) == []
     assert names(train, waiting=[0.9, 0.9, 0.1, 0.1, 0.1]) == [], "two slow steps are not the rule"
     assert names(train, waiting=[0.9] * 5 + [0.1] * 3) == [], "over"
+
+
+class NoCollectives:
+    """What `StepTimes` asks an engine, of one that never talks to another."""
+
+    device = torch.device("cpu")
+
+    def measure_communication(self, on: bool) -> None:
+        pass
+
+    def communication_seconds(self) -> float:
+        return 0.0
+
+
+def test_waiting_is_the_share_of_each_timed_step_by_itself(monkeypatch: pytest.MonkeyPatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    times = StepTimes(NoCollectives())  # type: ignore[arg-type]
+    for is_timed, data, forward in ((True, 1, 3), (False, 50, 1), (True, 4, 4), (True, 9, 1)):
+        times.begin(is_timed)
+        for part, seconds in (("data", data), ("forward", forward)):
+            with times.of(part):
+                clock.now += seconds
+        times.begin(False)
+    assert times.waiting == pytest.approx([0.25, 0.5, 0.9])
+    assert times.shares()["data"] == pytest.approx(14 / 22, abs=1e-4)
 
 
 # Over-training
