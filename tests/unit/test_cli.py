@@ -196,7 +196,7 @@ def test_export_needs_a_checkpoint(tmp_path: Path, tiny_model: Path):
 
 
 def test_evaluate_needs_pairs_and_a_reference(tiny_model: Path, data: Path):
-    assert "--recipe" in one_line(CliRunner().invoke(app, ["evaluate", str(tiny_model)]))
+    assert "name a RECIPE" in one_line(CliRunner().invoke(app, ["evaluate", str(tiny_model)]))
     assert "--reference" in one_line(CliRunner().invoke(app, ["evaluate", str(tiny_model), "--data", str(data)]))
 
 

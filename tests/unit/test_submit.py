@@ -153,7 +153,7 @@ def test_every_key_that_leads_somewhere_is_marked():
                 if "str" in annotation and "Literal" not in annotation and leads.search(field.description or ""):
                     found.add((kind.__name__, name))
     assert found - marked == {("RunConfig", "name"), ("PromptFrom", "column"), ("SourceConfig", "columns")}  # names
-    assert {name for _, name in marked} == {"path", "store", "uri", "url", "cache"}
+    assert {name for _, name in marked} == {"path", "store", "uri", "url", "cache", "mt_bench", "task_folder"}
     whole = {
         "name": "n",
         "model": {"path": "m"},
@@ -163,6 +163,12 @@ def test_every_key_that_leads_somewhere_is_marked():
             "eval": {"sources": [{"path": "c"}]},
         },
         "tracking": {"uri": "u"},
+        "evaluate": {
+            "prompts": [{"path": "p"}],
+            "judge": {"kind": "reward_model", "path": "w"},
+            "mt_bench": "q",
+            "retention": {"sources": [{"path": "t"}], "task_folder": "f"},
+        },
         "acquire": {"oracle": {"kind": "llm", "model": "j", "cache": "k"}},
     }
     assert [key for key, _, _ in places(parse_run(whole))] == [
@@ -174,6 +180,11 @@ def test_every_key_that_leads_somewhere_is_marked():
         "data.sources.0.prompt_from.path",
         "data.eval.sources.0.path",
         "tracking.uri",
+        "evaluate.prompts.0.path",
+        "evaluate.judge.path",
+        "evaluate.mt_bench",
+        "evaluate.retention.sources.0.path",
+        "evaluate.retention.task_folder",
         "acquire.oracle.url",
         "acquire.oracle.cache",
     ]
@@ -183,13 +194,25 @@ def test_every_option_that_leads_somewhere_is_known_to_submit():
     import typer
 
     commands: Any = typer.main.get_command(app)
-    goes_along, elsewhere = {"recipe", "space", "keys"}, {"address", "name", "metric", "new_key", "replicas"}
+    goes_along = {"recipe", "space", "keys", "overrides"}
+    elsewhere = {"address", "name", "metric", "new_key", "replicas", "called"}
     for command in COMMANDS:
         for parameter in commands.commands[command].params:
             leads = re.search(r"\b(folder|model|file|path|pairs to)\b", parameter.help or "", re.IGNORECASE)
             is_text = not getattr(parameter, "is_flag", False)
             if leads and is_text and parameter.name not in goes_along | elsewhere:
                 assert parameter.name in PLACES.get(command, {}), f"{command}: {parameter.name}"
+
+
+def test_an_evaluation_takes_its_recipe_and_its_judge_along(recipe: Path, tmp_path: Path):
+    (recipe.parent / "my_judge.py").write_text("def worth(prompt, response):\n    return 1.0\n")
+    judge = "evaluate.judge={kind: function, function: 'my_judge:worth'}"
+    by_word = job("evaluate", "runs/mine", "small.yaml", judge)
+    assert by_word.words[:3] == ("evaluate", "--recipe", ".dpo-ray/small.yaml")
+    assert "my_judge.py" in by_word.files
+    assert by_word.id == job("evaluate", "runs/mine", "--recipe", "small.yaml", judge).id
+    alone = job("evaluate", "runs/mine", "evaluate.num_prompts=5")
+    assert alone.words == ("evaluate", "runs/mine", "evaluate.num_prompts=5")
 
 
 def test_mlflow_of_this_shell_is_that_of_the_job(recipe: Path, monkeypatch: pytest.MonkeyPatch):
