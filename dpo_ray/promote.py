@@ -33,7 +33,7 @@ def decide(evaluation: Mapping[str, Any] | None, version: ModelVersion, champion
     """Whether a recorded comparison shows that a version wins against the champion.
 
     It does when the 95 % interval of the win rate lies above a half. Where the champion was met by several judges the
-    least favourable counts, so that nobody can pick one. A first champion has to win against the base, or against
+    least favourable counts, so that nobody can pick one. A first champion has to win against its reference, or against
     what it was compared with where that is not there.
 
     Args:
@@ -45,10 +45,10 @@ def decide(evaluation: Mapping[str, Any] | None, version: ModelVersion, champion
     own = version.tags.get("model_fingerprint")
     if own is None or evaluation.get("model_fingerprint") != own:
         return Verdict({}, "the recorded comparison is of other weights")
-    met = _comparisons(evaluation, champion)
+    met = _comparisons(evaluation, version, champion)
     if not met:
         whom = "anything" if champion is None else f"the champion, version {champion.number}"
-        return Verdict({}, f"no win rate against {whom} is recorded")
+        return Verdict({}, f"no win rate against {whom} is recorded (`dpo-ray evaluate ... --against MODEL`)")
     entry = min(met, key=lambda entry: entry["low"])
     evidence = {name: entry.get("value" if name == "win_rate" else name) for name in EVIDENCE}
     low, high = entry["low"], entry["high"]
@@ -61,16 +61,18 @@ def decide(evaluation: Mapping[str, Any] | None, version: ModelVersion, champion
     )
 
 
-def _comparisons(evaluation: Mapping[str, Any], champion: ModelVersion | None) -> list[Mapping[str, Any]]:
-    """The win rates that count; those without an interval do not."""
+def _comparisons(
+    evaluation: Mapping[str, Any], version: ModelVersion, champion: ModelVersion | None
+) -> list[Mapping[str, Any]]:
+    """The win rates that count; those without an interval do not. Models are told by their weights, not by name."""
     known = [entry for entry in evaluation.get("win_rate") or [] if entry.get("low") is not None]
-    if champion is None:
-        return [entry for entry in known if entry["against"] == "base"] or known
-    fingerprint = champion.tags.get("model_fingerprint")
-    names = {
-        one["name"] for one in evaluation.get("against") or [] if fingerprint and one["fingerprint"] == fingerprint
-    }
-    return [entry for entry in known if entry["against"] in names]
+    wanted = version.tags.get("reference_fingerprint")
+    if champion is not None:
+        wanted = champion.tags.get("model_fingerprint")
+    others = evaluation.get("against") or []
+    names = {other["name"] for other in others if wanted and other["fingerprint"] == wanted}
+    met = [entry for entry in known if entry["against"] in names]
+    return met if met or champion is not None else known
 
 
 def promote(

@@ -64,7 +64,7 @@ def test_an_interval_that_does_not_lie_above_a_half_is_refused_with_its_evidence
 
 def test_only_a_comparison_with_the_champion_counts():
     assert decide(evaluation(entry(0.9, against="base")), version(), CHAMPION).refusal == (
-        "no win rate against the champion, version 1 is recorded"
+        "no win rate against the champion, version 1 is recorded (`dpo-ray evaluate ... --against MODEL`)"
     )
     both = evaluation(entry(0.9, against="base"), entry(0.4, 0.6, against="old"))
     assert "against old" in str(decide(both, version(), CHAMPION).refusal)
@@ -81,18 +81,20 @@ def test_of_several_judges_the_least_favourable_counts():
     assert verdict.evidence["judge"] == "llm"
 
 
-def test_a_first_champion_wins_against_the_base_or_what_there_is():
-    assert decide(evaluation(entry(0.6)), version(), None).refusal is None
-    assert decide(evaluation(entry(0.6), entry(0.4, against="old")), version(), None).refusal is None
-    assert decide(evaluation(entry(0.6, against="old")), version(), None).refusal is None
-    assert decide(evaluation(entry(0.4)), version(), None).refusal is not None
-    assert decide(evaluation(), version(), None).refusal == "no win rate against anything is recorded"
+def test_a_first_champion_wins_against_its_reference_or_what_there_is():
+    first = version(reference_fingerprint="weights-0")
+    assert decide(evaluation(entry(0.6)), first, None).refusal is None
+    assert decide(evaluation(entry(0.6), entry(0.4, against="old")), first, None).refusal is None
+    assert decide(evaluation(entry(0.4), entry(0.6, against="old")), first, None).refusal is not None
+    assert decide(evaluation(entry(0.6, against="old")), first, None).refusal is None
+    assert decide(evaluation(entry(0.6), entry(0.4, against="old")), version(), None).refusal is not None
+    assert "no win rate against anything" in str(decide(evaluation(), first, None).refusal)
 
 
 @pytest.mark.parametrize("broken", [{"win_rate": None}, {"against": None}, {"win_rate": [entry(None, None, "old")]}])
 def test_missing_parts_are_no_win_rate(broken: dict[str, Any]):
     found = evaluation(entry(0.9, against="old")) | broken
-    assert decide(found, version(), CHAMPION).refusal == "no win rate against the champion, version 1 is recorded"
+    assert "no win rate against the champion, version 1" in str(decide(found, version(), CHAMPION).refusal)
 
 
 def test_a_comparison_that_is_missing_or_of_other_weights_is_refused():
