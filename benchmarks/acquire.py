@@ -117,7 +117,7 @@ def main() -> None:
     import ray
 
     from dpo_ray.acquire import acquire
-    from dpo_ray.cli import Live
+    from dpo_ray.displays import Live
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as temporary:

@@ -257,9 +257,12 @@ def _calibration(held_out: Tree) -> str:
     if not found:
         return ""
     told = (
-        f"Expected calibration error {estimate(found.get('expected_calibration_error'))}, Brier score "
-        f"{text(found.get('brier'))}. A margin m says that the chosen response is preferred with probability "
-        "1 / (1 + exp(-m)); a calibrated model is right as often as it says."
+        f"Calibration error {estimate(found.get('calibration_error'))} (root mean square over bins, their noise "
+        f"subtracted); expected calibration error {text(found.get('expected_calibration_error'))}, of which "
+        f"a calibrated model would have {text(found.get('if_calibrated'))} by chance; "
+        f"Brier score {text(found.get('brier'))}; "
+        f"calibrating temperature {text(found.get('temperature'))}. A margin m says that the chosen response is "
+        "preferred with probability 1 / (1 + exp(-m)); a calibrated model is right as often as it says."
     )
     return panels_side_by_side(_calibration_panels(held_out)) + paragraph(told)
 

@@ -461,8 +461,10 @@ class StepTimes:
             return
         began, before = self._now(), self._engine.communication_seconds()
         yield
-        communication = self._engine.communication_seconds() - before
-        spent = {part: self._now() - began - communication}
+        elapsed = self._now() - began
+        # Collectives that run side by side are counted each, so their sum may be more than the time they cover.
+        communication = min(self._engine.communication_seconds() - before, elapsed)
+        spent = {part: elapsed - communication}
         spent["communication"] = spent.get("communication", 0.0) + communication
         for name, seconds in spent.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -119,9 +119,9 @@ def held_out_tree(
 def _calibration(margins: NDArray[np.float64]) -> dict[str, Any]:
     found = calibration(margins)
     return {
-        "expected_calibration_error": _named(found.error),
-        "plain_error": found.ece,
-        "plain_error_if_calibrated": found.ece_if_calibrated,
+        "calibration_error": _named(found.error),
+        "expected_calibration_error": found.ece,
+        "if_calibrated": found.ece_if_calibrated,
         "brier": found.brier.estimate,
         "temperature": found.temperature,
         "bins": [

@@ -209,7 +209,10 @@ def evaluation() -> Tree:
             "length_controlled_accuracy": _estimate(0.66, 0.6, 0.72),
             "longer_is_better": _estimate(0.61, 0.55, 0.66),
             "calibration": {
-                "expected_calibration_error": _estimate(0.05, 0.02, 0.09),
+                "calibration_error": _estimate(0.05, 0.02, 0.09),
+                "expected_calibration_error": 0.06,
+                "if_calibrated": 0.03,
+                "temperature": 1.2,
                 "brier": 0.21,
                 "bins": bins,
             },

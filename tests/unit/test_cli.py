@@ -14,7 +14,8 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from dpo_ray.cli import StudyLive, app, connect, signals_set, trials_table
+from dpo_ray.cli import app, connect, signals_set
+from dpo_ray.displays import StudyLive, trials_table
 from dpo_ray.launch import Interrupt
 
 PAIRS = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": "No."} for i in range(20)]
@@ -216,7 +217,7 @@ def test_doctor_names_what_is_there():
 
 def test_an_event_is_shown_as_it_is_also_with_brackets_in_it(capsys: pytest.CaptureFixture[str]):
     """Rich would take `[/path]` for a closing tag and fail, and the run with it."""
-    from dpo_ray.cli import Live
+    from dpo_ray.displays import Live
 
     with Live() as display:
         display.line({"step": 3, "event": "went on: [/a/b.cc:537] reset by peer"})
@@ -227,7 +228,7 @@ def test_an_event_is_shown_as_it_is_also_with_brackets_in_it(capsys: pytest.Capt
 
 
 def test_an_anomaly_is_shown_with_what_to_try(capsys: pytest.CaptureFixture[str]):
-    from dpo_ray.cli import Live
+    from dpo_ray.displays import Live
 
     with Live() as display:
         display.line(

@@ -56,7 +56,7 @@ LAYERS = {
         "submit",
         "jobs",
     ],
-    "surface": ["terminal", "cli", "cli_jobs", "demo", "doctor", "cluster_facts", "serve", "tune_spaces"],
+    "surface": ["terminal", "displays", "cli", "cli_jobs", "demo", "doctor", "cluster_facts", "serve", "tune_spaces"],
 }
 ROW = {name: row for row, names in enumerate(LAYERS.values()) for name in names}
 WITHOUT_RAY = {"words", "mathematics", "material"}

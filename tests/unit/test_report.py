@@ -214,7 +214,9 @@ def test_the_evaluation_shows_every_part_with_its_interval(complete: str):
     told = words(part(complete, "evaluation"))
     assert "With responses of equal length the accuracy would be 66.0% (60.0% to 72.0%)." in told
     assert "The rule that the longer response wins scores 61.0% (55.0% to 66.0%) on them." in told
-    assert "Expected calibration error 0.05 (0.02 to 0.09), Brier score 0.21." in told
+    assert "Calibration error 0.05 (0.02 to 0.09)" in told
+    assert "expected calibration error 0.06, of which a calibrated model would have 0.03 by chance" in told
+    assert "Brier score 0.21" in told
     assert "KL(policy || reference) is 3.2 (2.9 to 3.5) nats per response (0.07 per token), from 400 responses" in told
 
 
