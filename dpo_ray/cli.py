@@ -332,12 +332,12 @@ def evaluate(
 @explained
 def judge(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Measure the judge of a recipe (`evaluate.judge`) against the labels of its pairs."""
-    from dpo_ray.evaluation import check_judge
+    from dpo_ray.evaluation import measure_judge
     from dpo_ray.prepare import resolve
 
     run = resolve(load_run(recipe, dict(map(parse_override, overrides or []))))
     with result_stream(as_json) as emit, Live() as display:
-        emit(check_judge(run, display), lambda found: show_metrics("Judge against the labels", flat_shares(found)))
+        emit(measure_judge(run, display), lambda found: show_metrics("Judge against the labels", flat_shares(found)))
 
 
 @app.command()

@@ -26,7 +26,7 @@ from dpo_ray.evaluate import exports
 from dpo_ray.evaluate.drift import Response, drift
 from dpo_ray.evaluate.generations import Writer, Written, read_prompts
 from dpo_ray.evaluate.held_out import HeldOut, evaluate_model, held_out_tree
-from dpo_ray.evaluate.judging import Verdict, agreement_with_people, ask, win_rate_tree
+from dpo_ray.evaluate.judging import Verdict, agreement_with_people, ask, check_judge, win_rate_tree
 from dpo_ray.evaluate.retention import perplexities
 from dpo_ray.evaluate.win_rates import bradley_terry
 from dpo_ray.evaluation_report import write_evaluation_report
@@ -35,7 +35,7 @@ from dpo_ray.launch import SUMMARY_FILE, Display, check_cluster
 from dpo_ray.model_card import write_model_card
 from dpo_ray.models import ModelSource, weights_fingerprint
 from dpo_ray.pairs import Candidate
-from dpo_ray.prepare import held_out_of, is_run, model_of, recipe_of, reference_source
+from dpo_ray.prepare import HeldOutPairs, held_out_of, is_run, model_of, recipe_of, reference_source
 from dpo_ray.report import write_report
 from dpo_ray.run_record import EVALUATION_FILE
 from dpo_ray.storage import Folder, redacted
@@ -107,73 +107,34 @@ def evaluate(
     began = time.monotonic()
     folder = folder_of(model, output, run)
     folder.check_writable()
+    check_judge(run)
     display.phase("reading the data")
-    pairs, table, held_out_fingerprint = held_out_of(run, all_pairs)
-    prompts = read_prompts(run, pairs)
-    if not pairs and not prompts and not run.evaluate.retention.sources:
+    held_out = held_out_of(run, all_pairs)
+    prompts = read_prompts(run, held_out.pairs)
+    if not held_out.pairs and not prompts and not run.evaluate.retention.sources:
         raise InputError(
             "nothing to evaluate on: the recipe holds no pairs out (data.eval) and names no prompts or texts"
         )
     connect()
-    gpus = check_cluster(run)
-    reference = reference_source(run)
-    after = Named(_name(model), model_of(model, run.model.trust_remote_code))
-    others = [Named(_name(path), model_of(path, run.model.trust_remote_code)) for path in against]
-    if not others and reference is not None:
-        others = [Named("reference", reference)]
-    others = _distinct(after, others)
-    base = others[0].source if others else None
-    tree: dict[str, Any] = {
+    task = _task(run, model, against, folder, display, check_cluster(run))
+    tree = {
         "folder": folder.path,
         "model": model,
-        "model_fingerprint": weights_fingerprint(after.source),
+        "model_fingerprint": weights_fingerprint(task.after.source),
         "against": [
-            {"name": o.name, "path": o.source.path, "fingerprint": weights_fingerprint(o.source)} for o in others
+            {"name": other.name, "path": other.source.path, "fingerprint": weights_fingerprint(other.source)}
+            for other in task.others
         ],
-        "reference": None if reference is None else reference.path,
+        "reference": None if task.reference is None else task.reference.path,
         "data_fingerprint": _summary(model).get("data_fingerprint"),
-        "held_out_fingerprint": held_out_fingerprint,
+        "held_out_fingerprint": held_out.fingerprint,
         "beta": run.loss.model_dump().get("beta"),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("dpo-ray", "torch", "transformers", "ray")},
+        **_held_out(task, held_out),
+        **_generated(task, prompts),
+        **_retention(task),
     }
-    if pairs:
-        display.phase(f"held-out pairs: {len(pairs)}")
-
-        def score(source: ModelSource) -> HeldOut:
-            return evaluate_model(
-                run,
-                source,
-                reference,
-                table,
-                gpus_per_actor=gpus,
-                on_progress=lambda done, total: display.progress(f"scoring {source.path}", done, total),
-            )
-
-        earlier = None if base is None or base == reference else score(base)
-        tree["held_out"] = held_out_tree(score(after.source), earlier, table, {p.pair_id: p.source for p in pairs})
-    if prompts:
-        writer = Writer(run, gpus, display.progress)
-        tree |= _generated(run, after, others, prompts, writer, folder, display)
-        origin = reference or base
-        if origin is not None:
-            display.phase(f"KL to {origin.path}")
-            tree["kl"] = writer.kl(after.source, origin, prompts)
-    if run.evaluate.mt_bench is not None:
-        display.phase("answers to MT-Bench questions")
-        _write_mt_bench(run, [after, *others], Writer(run, gpus, display.progress), folder)
-    if run.evaluate.retention.sources and base is not None:
-        display.phase("perplexity on general text")
-        tree["retention"] = {
-            "perplexity": perplexities(
-                run, base, after.source, gpus, lambda done, total: display.progress("texts", done, total)
-            )
-        }
-    if run.evaluate.retention.tasks and base is not None:
-        from dpo_ray.evaluate.harness import tasks
-
-        display.phase(f"tasks: {', '.join(run.evaluate.retention.tasks)}")
-        tree.setdefault("retention", {})["tasks"] = tasks(run, base, after.source, gpus)
     tree["seconds"] = round(time.monotonic() - began, 1)
     tree = json.loads(redacted(json.dumps(tree)))
     folder.write_json(RESULT_FILE, tree)
@@ -183,6 +144,79 @@ def evaluate(
         write_report(model)
     _track(run, model, tree, display)
     return dict(tree)
+
+
+class Task(NamedTuple):
+    """What is evaluated, and where."""
+
+    run: RunConfig
+    after: Named
+    """The model under test."""
+    others: list[Named]
+    """What it is compared with; the first is the one before."""
+    reference: ModelSource | None
+    folder: Folder
+    display: Display
+    gpus: float
+
+    @property
+    def base(self) -> ModelSource | None:
+        return self.others[0].source if self.others else None
+
+
+def _task(run: RunConfig, model: str, against: Sequence[str], folder: Folder, display: Display, gpus: float) -> Task:
+    """The models by name; those with equal last names are called by their whole paths."""
+    reference = reference_source(run)
+    after, *others = (Named(_name(path), model_of(path, run.model.trust_remote_code)) for path in (model, *against))
+    if not others and reference is not None:
+        others = [Named("reference", reference)]
+    names = [after.name, *(other.name for other in others)]
+    others = [one._replace(name=one.source.path) if names.count(one.name) > 1 else one for one in others]
+    return Task(run, after, others, reference, folder, display, gpus)
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
+def _held_out(task: Task, held_out: HeldOutPairs) -> dict[str, Any]:
+    if not held_out.pairs:
+        return {}
+    task.display.phase(f"held-out pairs: {len(held_out.pairs)}")
+
+    def score(source: ModelSource) -> HeldOut:
+        return evaluate_model(
+            task.run,
+            source,
+            task.reference,
+            held_out.table,
+            gpus_per_actor=task.gpus,
+            on_progress=lambda done, total: task.display.progress(f"scoring {source.path}", done, total),
+        )
+
+    before = None if task.base is None or task.base == task.reference else score(task.base)
+    sources = {pair.pair_id: pair.source for pair in held_out.pairs}
+    return {"held_out": held_out_tree(score(task.after.source), before, held_out.table, sources)}
+
+
+def _retention(task: Task) -> dict[str, Any]:
+    """What was forgotten, on general text and at tasks."""
+    settings, found = task.run.evaluate.retention, dict[str, Any]()
+    if task.base is None:
+        return {}
+    if settings.sources:
+        task.display.phase("perplexity on general text")
+
+        def on_progress(done: int, total: int) -> None:
+            task.display.progress("texts", done, total)
+
+        found["perplexity"] = perplexities(task.run, task.base, task.after.source, task.gpus, on_progress)
+    if settings.tasks:
+        from dpo_ray.evaluate.harness import tasks
+
+        task.display.phase(f"tasks: {', '.join(settings.tasks)}")
+        found["tasks"] = tasks(task.run, task.base, task.after.source, task.gpus)
+    return {"retention": found} if found else {}
 
 
 def _track(run: RunConfig, model: str, tree: Mapping[str, Any], display: Display) -> None:
@@ -230,48 +264,42 @@ def _summary(model: str) -> dict[str, Any]:
     return dict(folder.read_json(SUMMARY_FILE)) if is_run(model) and folder.exists(SUMMARY_FILE) else {}
 
 
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2] or path
-
-
-def _distinct(after: Named, others: Sequence[Named]) -> list[Named]:
-    """Models with equal last names are called by their whole paths."""
-    names = [after.name, *(other.name for other in others)]
-    return [other._replace(name=other.source.path) if names.count(other.name) > 1 else other for other in others]
-
-
-def _generated(
-    run: RunConfig,
-    after: Named,
-    others: Sequence[Named],
-    prompts: Sequence[OpenPrompt],
-    writer: Writer,
-    folder: Folder,
-    display: Display,
-) -> dict[str, Any]:
-    """What comes of the models' answers: win rates, ranking, drift, examples; the texts go into files."""
-    write = run.evaluate.write
-    models = [after, *others]
+def _generated(task: Task, prompts: Sequence[OpenPrompt]) -> dict[str, Any]:
+    """What comes of the models' answers: win rates, ranking, drift, examples, KL; the texts go into files."""
+    run, display = task.run, task.display
+    writer, models = Writer(run, task.gpus, display.progress), [task.after, *task.others]
+    if run.evaluate.mt_bench is not None:
+        display.phase("answers to MT-Bench questions")
+        _write_mt_bench(run, models, writer, task.folder)
+    if not prompts:
+        return {}
     display.phase(f"answers to {len(prompts)} prompts by {len(models)} models")
+    write = run.evaluate.write
     sampling = Sampling(write.max_tokens, write.temperature, write.top_p)
     written = {one.name: writer.write(one.source, prompts, sampling, write.num_responses) for one in models}
     answered = [i for i in range(len(prompts)) if all(written[one.name][i] for one in models)]
     texts = {name: [[answer.text for answer in answers[i]] for i in answered] for name, answers in written.items()}
     asked = [prompts[i] for i in answered]
-    _write_texts(folder, asked, texts)
+    _write_texts(task.folder, asked, texts)
     tree: dict[str, Any] = {"num_prompts": len(asked), "unanswered_prompts": len(prompts) - len(asked)}
     games: Games = {}
-    if run.evaluate.judge is not None and others:
+    if run.evaluate.judge is not None and task.others:
         games = _judged(run, _candidates(asked, texts), display)
-        tree["win_rate"] = [{"against": other.name} | win_rate_tree(*games[after.name, other.name]) for other in others]
+        tree["win_rate"] = [
+            {"against": other.name} | win_rate_tree(*games[task.after.name, other.name]) for other in task.others
+        ]
         if len(models) > 2:
             tree["ranking"] = _ranking([one.name for one in models], games)
-        folder.write_lines("verdicts.jsonl", _verdict_rows(games))
-    if others:
-        before = others[0].name
-        tree["drift"] = _drift(asked, [written[name] for name in (before, after.name)], answered, run)
-        verdicts = games[after.name, before].verdicts if games else []
-        tree["examples"] = _examples(asked, texts[before], texts[after.name], verdicts, run)
+        task.folder.write_lines("verdicts.jsonl", _verdict_rows(games))
+    if task.others:
+        before, after = task.others[0].name, task.after.name
+        tree["drift"] = _drift(asked, [written[name] for name in (before, after)], answered, run)
+        verdicts = games[after, before].verdicts if games else []
+        tree["examples"] = _examples(asked, texts[before], texts[after], verdicts, run)
+    origin = task.reference or task.base
+    if origin is not None:
+        display.phase(f"KL to {origin.path}")
+        tree["kl"] = writer.kl(task.after.source, origin, prompts)
     return tree
 
 
@@ -464,7 +492,7 @@ def import_annotations(folder: Folder, path: str, model: str | None = None) -> d
     return dict(tree)
 
 
-def check_judge(run: RunConfig, display: Display) -> dict[str, Any]:
+def measure_judge(run: RunConfig, display: Display) -> dict[str, Any]:
     """Measure `evaluate.judge` against the labels of the recipe's pairs, and write `judge.json` into the run folder.
 
     Raises:

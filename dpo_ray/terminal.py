@@ -31,6 +31,9 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
         except RunFailed as error:
             console.print(f"failed: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(3) from None
+        except KeyboardInterrupt:
+            console.print("interrupted")
+            raise typer.Exit(130) from None
 
     return run
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_ray.acquisition.answers import Answer, Preferred, plain_text
 from dpo_ray.acquisition.oracles import make_oracle
-from dpo_ray.config import AnyJudge, LlmOracleConfig
+from dpo_ray.config import AnyJudge, LlmOracleConfig, RunConfig
 from dpo_ray.errors import InputError
 from dpo_ray.evaluate.win_rates import outcome, win_rate
 from dpo_ray.metrics import wilson_interval
@@ -73,6 +73,17 @@ def ask(
         with _as_judge():
             make_oracle(judge, seed=seed, storage=storage).ask(list(wanted.values()), on_answer)
     return [_verdict(candidate, found, is_llm) for candidate in candidates]
+
+
+def check_judge(run: RunConfig) -> None:
+    """Whether `evaluate.judge` can be had, before anything is written for it.
+
+    Raises:
+        InputError: Its function, model, key or template is missing or wrong.
+    """
+    if run.evaluate.judge is not None:
+        with _as_judge():
+            make_oracle(run.evaluate.judge, seed=run.evaluate.seed, storage=run.storage.path)
 
 
 def swapped(candidate: Candidate) -> Candidate:

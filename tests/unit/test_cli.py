@@ -201,6 +201,26 @@ def test_evaluate_needs_pairs_and_a_reference(tiny_model: Path, data: Path):
     assert "--reference" in one_line(CliRunner().invoke(app, ["evaluate", str(tiny_model), "--data", str(data)]))
 
 
+def test_a_judge_that_is_not_there_is_told_before_anything_is_written(tiny_model: Path, data: Path, tmp_path: Path):
+    words = ("evaluate", str(tiny_model), "--data", str(data), "--reference", str(tiny_model), "--output", str(tmp_path))
+    judge = "evaluate.judge={kind: function, function: 'no_such_module_here:f'}"
+    assert "`evaluate.judge.function`: cannot import" in one_line(CliRunner().invoke(app, [*words, judge]))
+    judge = "evaluate.judge={kind: llm, model: j, api_key_env: NO_SUCH_VARIABLE_HERE}"
+    assert "`evaluate.judge.api_key_env`" in one_line(CliRunner().invoke(app, [*words, judge]))
+
+
+def test_ctrl_c_ends_any_command_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from dpo_ray import report
+
+    def interrupted(folder: str) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write_report", interrupted)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "interrupted"
+
+
 def test_schema_is_the_recipes_json_schema():
     result = CliRunner().invoke(app, ["schema"])
     schema: dict[str, Any] = json.loads(result.stdout)
