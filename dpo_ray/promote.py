@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_ray.errors import InputError
+from dpo_ray.run_record import EVALUATION_FILE
 from dpo_ray.storage import Folder
 from dpo_ray.tracking import CHALLENGER, CHAMPION, ModelRegistry, ModelVersion
-
-EVALUATION_FILE = "evaluation/evaluation.json"
-"""In the run folder; `dpo-ray evaluate` writes it."""
 
 EVIDENCE = ("win_rate", "low", "high", "judge", "num_prompts")
 

@@ -202,7 +202,16 @@ def test_evaluate_needs_pairs_and_a_reference(tiny_model: Path, data: Path):
 
 
 def test_a_judge_that_is_not_there_is_told_before_anything_is_written(tiny_model: Path, data: Path, tmp_path: Path):
-    words = ("evaluate", str(tiny_model), "--data", str(data), "--reference", str(tiny_model), "--output", str(tmp_path))
+    words = (
+        "evaluate",
+        str(tiny_model),
+        "--data",
+        str(data),
+        "--reference",
+        str(tiny_model),
+        "--output",
+        str(tmp_path),
+    )
     judge = "evaluate.judge={kind: function, function: 'no_such_module_here:f'}"
     assert "`evaluate.judge.function`: cannot import" in one_line(CliRunner().invoke(app, [*words, judge]))
     judge = "evaluate.judge={kind: llm, model: j, api_key_env: NO_SUCH_VARIABLE_HERE}"
