@@ -187,3 +187,26 @@ def test_a_reward_that_learns_nothing_but_length(cluster: None, storage: Path, t
 def test_a_rate_at_which_nothing_moves(cluster: None, storage: Path, tiny_model: Path):
     result, _ = run(storage, "dead", tiny_model, RULE, RULE_HELD_OUT, optim__learning_rate=1e-9, eval__every_steps=10)
     assert told(result) == {"dead_learning_rate": STEPS // 4}
+
+
+def test_a_model_that_is_faster_than_its_batches_are_planned(cluster: None, storage: Path, tiny_model: Path):
+    """One layer of eight units computes a batch of 256 short pairs sooner than it is read and planned."""
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.update({"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1})
+    config.update({"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8})
+    LlamaForCausalLM(config).save_pretrained(storage / "smallest")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(storage / "smallest")
+    result, _ = run(
+        storage,
+        "starved",
+        storage / "smallest",
+        rows("", range(2048), lambda rng: (" " + rng.choice("abcd"), " " + rng.choice("efgh"))),
+        [],
+        data__num_pairs=None,
+        data__eval={"num_pairs": 0},
+        batch={"pairs_per_step": 256, "tokens_per_device": 32768, "layout": "padded"},
+    )
+    assert told(result).keys() == {"loader_starvation"}
+    assert "of a step's time is spent on reading and planning" in result.summary["anomalies"][0]["evidence"]
