@@ -283,7 +283,7 @@ def label(
 @app.command()
 @explained
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, a hub id, or models:/NAME@ALIAS.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A run folder brings its own recipe.")
     ] = None,

@@ -81,8 +81,22 @@ def recipe_of(run_dir: str, overrides: Mapping[str, Any] | None = None) -> RunCo
     return run
 
 
+def registered(path: str) -> str:
+    """The folder of `models:/NAME@ALIAS` or `models:/NAME/VERSION`; any other path as it is."""
+    if not path.startswith("models:/"):
+        return path
+    from dpo_ray.tracking import registered_model  # MLflow takes seconds to load
+
+    return registered_model(path)
+
+
 def model_of(path: str, trust_remote_code: bool = False) -> ModelSource:
-    """The model that a run wrote, where the path is a run folder; else the model there, or on the hub."""
+    """The model that a run wrote, where the path is a run folder, or a registered one, or the one there or on the hub.
+
+    Raises:
+        InputError: `models:/NAME@ALIAS` is not in the registry.
+    """
+    path = registered(path)
     return ModelSource(f"{path}/model" if is_run(path) else path, None, trust_remote_code)
 
 

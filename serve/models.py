@@ -6,7 +6,7 @@ from pathlib import Path
 from dpo_ray.config import RunConfig, validated
 from dpo_ray.errors import InputError
 from dpo_ray.models import ModelSource, adapter_base, load_tokenizer, local_folder, weights_fingerprint
-from dpo_ray.prepare import is_run, model_of, recipe_of, reference_source, resolve
+from dpo_ray.prepare import is_run, model_of, recipe_of, reference_source, registered, resolve
 from dpo_ray.storage import absolute
 from serve.config import Chat, ServedModel
 
@@ -31,7 +31,7 @@ def find_model(
     Raises:
         InputError: There is no such model, or an adapter is on other weights.
     """
-    found = _registered(path) if path.startswith("models:/") else path
+    found = registered(path)
     # A registered model lies in the folder of the run that made it, if that is still there.
     run_dir = next((folder for folder in (found, str(Path(found).parent)) if is_run(folder)), None)
     trusts = trust_remote_code
@@ -91,12 +91,6 @@ def _chat(source: ModelSource, run: RunConfig | None) -> Chat:
     if run is not None and run.data.chat == "never":
         return "transcript"
     return "plain" if load_tokenizer(source).chat_template is None else "template"
-
-
-def _registered(path: str) -> str:
-    from dpo_ray.tracking import registered_model  # MLflow takes seconds to load
-
-    return registered_model(path)
 
 
 def _name_of(path: str, run_name: str | None) -> str:

@@ -13,6 +13,8 @@ from dpo_ray.cli import app
 from dpo_ray.config import parse_run
 from dpo_ray.errors import InputError
 from dpo_ray.lineage import LABELS_TAG, lineage
+from dpo_ray.models import ModelSource, weights_fingerprint
+from dpo_ray.prepare import model_of
 from dpo_ray.promote import Verdict, decide, listing, promote
 from dpo_ray.tracking import ModelRegistry, ModelVersion, open_tracker
 
@@ -155,6 +157,18 @@ def test_the_newest_version_is_the_challenger_and_carries_its_lineage(
     register(registry, uri, tmp_path, **made_from)
     assert aliases(registry) == {"challenger": "2"}
     assert tags_of(registry, "2") == made_from
+
+
+def test_a_registered_model_is_evaluated_by_its_alias(
+    registry: ModelRegistry, uri: str, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`dpo-ray evaluate RUN --against models:/NAME@champion`: its weights are those that `promote` asks for."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    register(registry, uri, tiny_model)
+    found = model_of(f"models:/{registry.name}@challenger")
+    assert weights_fingerprint(found) == weights_fingerprint(ModelSource(str(tiny_model)))
+    with pytest.raises(InputError, match=r"models:/nobody@champion is not in the registry"):
+        model_of("models:/nobody@champion")
 
 
 def test_labels_of_an_acquisition_are_named_and_remote_weights_have_no_fingerprint(tmp_path: Path):
