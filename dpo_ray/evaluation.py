@@ -276,7 +276,10 @@ def _generated(task: Task, prompts: Sequence[OpenPrompt]) -> dict[str, Any]:
     display.phase(f"answers to {len(prompts)} prompts by {len(models)} models")
     write = run.evaluate.write
     sampling = Sampling(write.max_tokens, write.temperature, write.top_p)
-    written = {one.name: writer.write(one.source, prompts, sampling, write.num_responses) for one in models}
+    written = {
+        one.name: writer.write(one.source, prompts, sampling, write.num_responses, place)
+        for place, one in enumerate(models)
+    }
     answered = [i for i in range(len(prompts)) if all(written[one.name][i] for one in models)]
     texts = {name: [[answer.text for answer in answers[i]] for i in answered] for name, answers in written.items()}
     asked = [prompts[i] for i in answered]

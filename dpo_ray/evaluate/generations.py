@@ -21,6 +21,9 @@ from dpo_ray.reference import View, response_key, score_responses, store_of
 
 Progress = Callable[[str, int, int], None]
 
+MAX_MODELS = 1024
+"""Of a comparison; each draws with seeds of its own."""
+
 
 class Written(NamedTuple):
     """An answer of a model."""
@@ -61,9 +64,13 @@ class Writer:
         self._run, self._gpus, self._on_progress = run, gpus_per_actor, on_progress
 
     def write(
-        self, model: ModelSource, prompts: Sequence[OpenPrompt], sampling: Sampling, num_responses: int
+        self, model: ModelSource, prompts: Sequence[OpenPrompt], sampling: Sampling, num_responses: int, place: int = 0
     ) -> list[list[Written]]:
-        """Answers to each prompt; none to one that the model cannot take. Equal weights give equal answers.
+        """Answers to each prompt; none to one that the model cannot take.
+
+        Args:
+            place: The model's in the comparison. Those of different places draw independently, as a win rate is
+                defined; with the same random numbers two models' answers are alike, and the better one wins more.
 
         Raises:
             InputError: There is no such model.
@@ -75,7 +82,7 @@ class Writer:
             ids,
             model,
             self._run,
-            (sampling, num_responses, self._run.evaluate.seed),
+            (sampling, num_responses, self._run.evaluate.seed * MAX_MODELS + place),
             self._run.evaluate.write.engine,
             self._gpus,
             lambda done, total: self._on_progress(f"answers of {model.path}", done, total),

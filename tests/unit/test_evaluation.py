@@ -10,13 +10,17 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo_ray import evaluation
+from dpo_ray.acquisition.pool import OpenPrompt
 from dpo_ray.cli import app
 from dpo_ray.config import parse_run, split_recipe
 from dpo_ray.errors import InputError
-from dpo_ray.evaluate.generations import read_prompts
+from dpo_ray.evaluate import generations
+from dpo_ray.evaluate.generations import Writer, read_prompts
 from dpo_ray.evaluate.held_out import HeldOut, held_out_tree
 from dpo_ray.evaluate.judging import Verdict
 from dpo_ray.evaluation import Played, flat_numbers, folder_of, recipe_for
+from dpo_ray.generate import Generated, Responses, Sampling
+from dpo_ray.models import ModelSource
 from dpo_ray.pairs import Candidate, PreferencePair, TokenizedPair
 from dpo_ray.storage import Folder
 
@@ -59,6 +63,23 @@ def test_prompts_come_from_pairs_and_from_bare_prompts(tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text('{"text": "no prompt"}\n')
     with pytest.raises(InputError, match=r"bad\.jsonl:1: "):
         read_prompts(recipe(prompts=[{"path": str(tmp_path / "bad.jsonl")}]), [])
+
+
+def test_models_draw_with_seeds_of_their_own(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    seeds = []
+
+    def remember(prompts: Any, policy: Any, run: Any, how: Any, *rest: Any) -> list[Responses]:
+        seeds.append(how[2])
+        return [Responses([Generated(np.array([5, 1], np.int32), -1.0, True)]) for _ in prompts]
+
+    monkeypatch.setattr(generations, "stored_responses", remember)
+    source = ModelSource(str(tiny_model))
+    for seed in (0, 1):
+        writer = Writer(recipe(seed=seed), 0.0, lambda text, done, total: None)
+        for place in (0, 1, 2):
+            ((answer,),) = writer.write(source, [OpenPrompt("Why?", None, False, "f", 1)], Sampling(4), 1, place)
+            assert answer.is_finished
+    assert len(set(seeds)) == 6
 
 
 def tokenized(lengths: list[tuple[int, int]]) -> list[TokenizedPair]:
