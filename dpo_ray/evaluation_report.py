@@ -152,11 +152,20 @@ def _win_rates(tree: Tree) -> str:
             ", ".join(text(rate.get(name)) for name in ("wins", "ties", "losses")),
             percent_with_interval(*_triple(rate)),
             percent_with_interval(*_triple(rate.get("length_controlled"))),
+            percent(rate.get("length_controlled_alpaca_eval")),
             _verdict(rate),
         ]
         for rate in found
     ]
-    heads = ["against", "prompts", "wins, ties, losses", "win rate (95 %)", "at equal lengths (95 %)", ""]
+    heads = [
+        "against",
+        "prompts",
+        "wins, ties, losses",
+        "win rate (95 %)",
+        "at equal lengths (95 %)",
+        "AlpacaEval 2",
+        "",
+    ]
     judges = [
         [
             rate["against"],
@@ -168,8 +177,9 @@ def _win_rates(tree: Tree) -> str:
         for rate in found
     ]
     note = (
-        "A tie counts half. At equal lengths: what is left of the win rate when neither response is the longer. First "
-        "place won: how often the judge prefers what it is shown first; 50 % is a judge without such a preference."
+        "A tie counts half. At equal lengths: what is left of the win rate when neither response is the longer; "
+        "AlpacaEval 2: the same by its own fit, to stand beside its board. First place won: how often the judge "
+        "prefers what it is shown first; 50 % is a judge without such a preference."
     )
     return "\n".join(
         [
@@ -237,7 +247,7 @@ def _held_out(held_out: Tree) -> str:
 
 
 def _groups(rows: Sequence[Tree], name: Literal["source", "tokens"]) -> str:
-    """Accuracy and margin of each group of held-out pairs."""
+    """Accuracy, margin and calibration of each group of held-out pairs."""
     if not rows:
         return ""
     shown = [
@@ -246,10 +256,11 @@ def _groups(rows: Sequence[Tree], name: Literal["source", "tokens"]) -> str:
             text(row.get("num_pairs")),
             percent_with_interval(row.get("rewards/accuracies"), row.get("low"), row.get("high")),
             text(row.get("rewards/margins")),
+            text(row.get("expected_calibration_error")),
         ]
         for row in rows
     ]
-    return table([name, "pairs", "accuracy (95 %)", "margin (nats)"], shown)
+    return table([name, "pairs", "accuracy (95 %)", "margin (nats)", "expected calibration error"], shown)
 
 
 def _calibration(held_out: Tree) -> str:

@@ -162,6 +162,7 @@ def _group(margins: NDArray[np.float64], rows: Sequence[int]) -> dict[str, Any]:
         "low": low,
         "high": high,
         "rewards/margins": float(own.mean()),
+        "expected_calibration_error": calibration(own).ece if len(own) >= MIN_PAIRS else None,
     }
 
 

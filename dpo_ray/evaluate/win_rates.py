@@ -16,6 +16,7 @@ from scipy.special import expit, logit, stdtrit
 
 from dpo_ray.comparisons import Interval, bootstrap_bounds
 from dpo_ray.errors import InputError
+from dpo_ray.evaluate.alpaca_eval import FOLDS, alpaca_eval_win_rate
 from dpo_ray.metrics import wilson_interval
 
 Floats = NDArray[np.float64]
@@ -174,9 +175,11 @@ def outcome(scores: Sequence[float], prompts: Sequence[str], longer: Sequence[in
     """
     value, low, high = win_rate(scores, prompts)
     num_prompts = len(set(prompts))
-    controlled = None
+    controlled = alpaca_eval = None
     if longer is not None and num_prompts >= MIN_PROMPTS:
         controlled = length_controlled_win_rate(scores, prompts, longer)
+        if min(sum(scores), len(scores) - sum(scores)) >= FOLDS and len(set(longer)) > 1:
+            alpaca_eval = alpaca_eval_win_rate(scores, longer)
     return {
         "num_prompts": num_prompts,
         "wins": sum(score > 0.5 for score in scores),
@@ -186,6 +189,7 @@ def outcome(scores: Sequence[float], prompts: Sequence[str], longer: Sequence[in
         "low": low,
         "high": high,
         "length_controlled": controlled and dict(zip(("value", "low", "high"), controlled, strict=True)),
+        "length_controlled_alpaca_eval": alpaca_eval,
     }
 
 

@@ -10,6 +10,7 @@ from scipy.special import expit, logit, stdtrit
 
 from benchmarks.alpaca_eval_figures import Comparisons, arena, summaries
 from dpo_ray.errors import InputError
+from dpo_ray.evaluate.alpaca_eval import alpaca_eval_win_rate
 from dpo_ray.evaluate.win_rates import bootstrap, bradley_terry, length_controlled_win_rate, win_rate
 from dpo_ray.metrics import wilson_interval
 
@@ -169,6 +170,24 @@ def test_alpaca_eval_gives_the_same(compared: dict[str, Comparisons], name: str,
     assert rate == pytest.approx(unpenalised, abs=0.2)
     if inverse_penalty > 1:
         assert rate == pytest.approx(published, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ALPACA_EVAL)
+@pytest.mark.parametrize("formula", ["minimal", "difficulty"])
+def test_its_own_fit_gives_its_own_figures(compared: dict[str, Comparisons], name: str, formula: str):
+    """All 30 published figures, its cross-validated penalty included, to a hundredth of a point."""
+    seen, (published, _, _) = compared[name], ALPACA_EVAL[name][formula]
+    difficulty = seen.difficulty if formula == "difficulty" else None
+    assert 100 * alpaca_eval_win_rate(seen.scores, seen.length_difference, difficulty) == pytest.approx(
+        published, abs=0.01
+    )
+
+
+def test_its_fit_needs_wins_losses_and_lengths():
+    lengths = np.arange(30.0)
+    for scores, longer in ((np.ones(30), lengths), (np.zeros(30), lengths), (np.tile([0, 1], 15), np.ones(30))):
+        with pytest.raises(InputError, match="at least 5 wins and 5 losses"):
+            alpaca_eval_win_rate(scores, longer)
 
 
 def judged(

@@ -180,10 +180,12 @@ def evaluation() -> Tree:
         for low in edges[:-1]
     ]
     group = {"num_pairs": 150, "rewards/accuracies": 0.7, "low": 0.62, "high": 0.77, "rewards/margins": 0.5}
+    group["expected_calibration_error"] = 0.04
     rate = {
         "num_prompts": 200,
         "missing": 1,
         "length_controlled": _estimate(0.58, 0.51, 0.65),
+        "length_controlled_alpaca_eval": 0.572,
         "cost": {"requests": 400},
     }
     return {
@@ -242,7 +244,11 @@ def evaluation() -> Tree:
                 **_estimate(0.503, 0.43, 0.57),
             }
             | rate
-            | {"length_controlled": None, "first_position": _estimate(0.56, 0.51, 0.61)},
+            | {
+                "length_controlled": None,
+                "length_controlled_alpaca_eval": None,
+                "first_position": _estimate(0.56, 0.51, 0.61),
+            },
         ],
         "ranking": [
             {"model": "hh", "rating": 0.3, "low": 0.1, "high": 0.5},

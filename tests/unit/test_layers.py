@@ -18,6 +18,7 @@ LAYERS = {
         *("comparisons", "curve_families", "curves", "trends"),
         *("acquisition.scores", "acquisition.choose", "acquisition.standings", "acquisition.heads"),
         *("evaluate.win_rates", "evaluate.calibration", "evaluate.drift", "evaluate.exports"),
+        "evaluate.alpaca_eval",
     ],
     "material": [
         *(

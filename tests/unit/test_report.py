@@ -202,12 +202,13 @@ def test_the_evaluation_shows_every_part_with_its_interval(complete: str):
     accuracy = "pairs whose chosen reward is the higher; a tie counts half"
     assert ["rewards/accuracies", "0.63 (0.57 to 0.68)", "0.68 (0.62 to 0.73)", accuracy] in rows
     assert ["rewards/accuracies", "0.68 (0.62 to 0.73)", "share", accuracy] in rows
-    assert ["base", "200", "120, 4, 75", "61.3% (54.0% to 68.0%)", "58.0% (51.0% to 65.0%)", "it is better"] in rows
-    assert ["other", "200", "90, 20, 89", "50.3% (43.0% to 57.0%)", "-", "neither is shown to be better"] in rows
+    won = ["61.3% (54.0% to 68.0%)", "58.0% (51.0% to 65.0%)", "57.2%"]
+    assert ["base", "200", "120, 4, 75", *won, "it is better"] in rows
+    assert ["other", "200", "90, 20, 89", "50.3% (43.0% to 57.0%)", "-", "-", "neither is shown to be better"] in rows
     assert ["other", "llm:judge", "56.0% (51.0% to 61.0%)", "1", "requests 400"] in rows
     assert ["base", "-0.3 (-0.5 to -0.1)"] in rows
-    assert ["helpful-pairs", "150", "70.0% (62.0% to 77.0%)", "0.5"] in rows
-    assert ["1-31", "150", "70.0% (62.0% to 77.0%)", "0.5"] in rows
+    assert ["helpful-pairs", "150", "70.0% (62.0% to 77.0%)", "0.5", "0.04"] in rows
+    assert ["1-31", "150", "70.0% (62.0% to 77.0%)", "0.5", "0.04"] in rows
     assert ["books", "64", "9000", "12.1", "12.6", "+0.0405 (+0.01 to +0.07)", "worse"] in rows
     assert ["arc", "acc", "0.5", "0.49", "-0.01 (-0.03 to +0.01)", "no change is shown"] in rows
     assert ["response length", "tokens", "40", "55", "+15 (+9 to +21)", "higher"] in rows
