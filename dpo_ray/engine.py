@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_ray import pulse
+from dpo_ray.compiler_locks import clear_compiler_locks
 from dpo_ray.config import EngineConfig, OptimConfig
 from dpo_ray.engine_state import EngineState
 from dpo_ray.models import PairModel, ResponseLogps
@@ -81,6 +82,7 @@ class ZeroEngine:
 
     def __init__(self, model: PairModel, engine: EngineConfig, optim: OptimConfig, num_steps: int) -> None:
         _use_cpu_where_there_is_no_gpu()
+        clear_compiler_locks()
         import deepspeed
 
         if engine.activation_checkpointing:
