@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs bench findings chaos cluster-local cluster-local-stop wheel clean
+.PHONY: help install demo test lint check format docs bench findings chaos cluster-local cluster-local-stop wheel clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,10 +29,12 @@ demo: $(INSTALLED) ## Run the embedded task end to end
 test: $(INSTALLED) ## Run every test (those marked gpu skip without one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-check: $(INSTALLED) ## Formatting, lint, types, fast tests
+lint: $(INSTALLED) ## Formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint ## The same, and the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not browser"
 
 format: $(INSTALLED) ## Format the code and fix what lint can fix
