@@ -617,24 +617,26 @@ class PoolConfig(Config):
     where responses are written first and then scored."""
 
 
-class GenerateConfig(Config):
-    num_responses: int = Field(default=2, ge=2)
-    """Responses that the model writes to each prompt of a pool of prompts."""
-
+class SampledConfig(Config):
     max_tokens: int = Field(default=256, ge=1)
     """Most tokens of a response."""
-
-    temperature: float = Field(default=0.7, gt=0)
-    """Of the candidates. Samples for `entropy` are always drawn at 1."""
 
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Tokens are drawn from the smallest set of this probability."""
 
-    entropy_samples: int = Field(default=16, ge=2)
-    """Responses sampled to each prompt for strategies that need its entropy."""
-
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """`auto`: vLLM where it is installed and there is a GPU, else transformers' continuous batching."""
+
+
+class GenerateConfig(SampledConfig):
+    num_responses: int = Field(default=2, ge=2)
+    """Responses that the model writes to each prompt of a pool of prompts."""
+
+    temperature: float = Field(default=0.7, gt=0)
+    """Of the candidates. Samples for `entropy` are always drawn at 1."""
+
+    entropy_samples: int = Field(default=16, ge=2)
+    """Responses sampled to each prompt for strategies that need its entropy."""
 
 
 class BatchRuleConfig(Config):
@@ -827,21 +829,12 @@ AnyJudge = Annotated[
 ]
 
 
-class WriteConfig(Config):
-    max_tokens: int = Field(default=256, ge=1)
-    """Most tokens of a response."""
-
-    temperature: float = Field(default=0.7, gt=0)
-    """Of the responses that are judged. Those that the KL is estimated from are always drawn at 1."""
-
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Tokens are drawn from the smallest set of this probability."""
-
+class WriteConfig(SampledConfig):
     num_responses: int = Field(default=1, ge=1)
     """Responses of each model to each prompt; the k-th are compared with each other."""
 
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """`auto`: vLLM where it is installed and there is a GPU, else transformers' continuous batching."""
+    temperature: float = Field(default=0.7, gt=0)
+    """Of the responses that are judged. Those that the KL is estimated from are always drawn at 1."""
 
 
 class RetentionConfig(Config):
