@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Ignored where the tests run in the background of a shell, and inherited by the commands that they interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 settings.register_profile("dpo-ray", deadline=None)  # a timing is no test
 settings.load_profile("dpo-ray")
